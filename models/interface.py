@@ -1,0 +1,75 @@
+"""What a graph's inputs and outputs are for. Names differ from exporter to exporter; roles don't.
+
+The compiler writes roles into the manifest; for a plain `.onnx` they are guessed from names, types and ranks by `roles_by_name`, and a
+graph with an input of unknown role can be `run`, never driven as a decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Role = Literal[
+    # a decoder in its exporter's form
+    "input_ids",       # int [B, S]
+    "position_ids",    # int [B, S]
+    "attention_mask",  # int or bool [B, past + S], 1 = real token
+    "past_key",        # float [B, G, past, D], `layer` tells which
+    "past_value",
+    "present_key",     # float [B, G, past + S, D]
+    "present_value",
+    "logits",          # float [B, S, V], or [R, V] when token-flat
+    "hidden",          # float [B, S, K], an encoder's last states
+    # the token-flat form of a paged decoder (names equal roles; docs/reference/graph-interface.md)
+    "cumulative_sequence_length",
+    "past_seqlens",
+    "logit_rows",
+    "parent",
+    "block_table",     # `layer` is the KV group
+    "slot_mapping",    # `layer` is the KV group
+    "cache_key",       # `layer` is the cache layer
+    "cache_value",
+    "other",           # anything else: fed and read by name through `run` only
+]
+
+
+@dataclass(frozen=True)
+class GraphPort:
+    """One graph input or output. `shape` holds ints and symbol names (None: unknown); `dtype` is a NumPy name ("float32", "int64", "bool")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+    role: Role
+    layer: int | None = None
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> GraphPort:
+        shape = data["shape"]
+        return GraphPort(**{**data, "shape": None if shape is None else tuple(shape)})
+
+
+@dataclass(frozen=True)
+class GraphInterface:
+    """A graph's inputs and outputs with their roles."""
+
+    inputs: tuple[GraphPort, ...]
+    outputs: tuple[GraphPort, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> GraphInterface:
+        return GraphInterface(
+            inputs=tuple(GraphPort.from_json(port) for port in data["inputs"]),
+            outputs=tuple(GraphPort.from_json(port) for port in data["outputs"]),
+        )
+
+    def input(self, role: Role, layer: int | None = None) -> GraphPort | None:
+        """The input with this role (and layer), or None."""
+        return next((port for port in self.inputs if port.role == role and port.layer == layer), None)
+
+    def output(self, role: Role, layer: int | None = None) -> GraphPort | None:
+        """The output with this role (and layer), or None."""
+        return next((port for port in self.outputs if port.role == role and port.layer == layer), None)
