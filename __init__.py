@@ -1,0 +1,78 @@
+"""Octavo compiles an exported ONNX language model into one that serves, and serves it, on a stock onnxruntime wheel.
+
+    report = octavo.compile("model.onnx", "out/")
+    model = octavo.load("out/")
+    for piece in model.stream("Once upon a time"):
+        print(piece.text, end="")
+
+Names are imported when they are first used, so that `import octavo` is light and an artifact runs where the compiler's
+dependencies are not installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. The facade has no logic: tests hold that this is all there is.
+_HOME = {
+    "compile": ".compiler",
+    "check": ".compiler",
+    "import_model": ".compiler",
+    "inspect": ".compiler",
+    "CompileOptions": ".compiler",
+    "CompileReport": ".compiler",
+    "CheckReport": ".compiler",
+    "load": ".runtime",
+    "Model": ".runtime",
+    "Session": ".runtime",
+    "Sequence": ".runtime",
+    "RuntimeOptions": ".runtime",
+    "SamplingParams": ".runtime",
+    "Result": ".runtime",
+    "Completion": ".runtime",
+    "Piece": ".runtime",
+    "Usage": ".runtime",
+    "Decision": ".models.decision",
+    "library_path": ".custom_ops",
+    "OctavoError": ".errors",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from .compiler import CheckReport as CheckReport
+    from .compiler import CompileOptions as CompileOptions
+    from .compiler import CompileReport as CompileReport
+    from .compiler import check as check
+    from .compiler import compile as compile
+    from .compiler import import_model as import_model
+    from .compiler import inspect as inspect
+    from .custom_ops import library_path as library_path
+    from .errors import OctavoError as OctavoError
+    from .models.decision import Decision as Decision
+    from .runtime import Completion as Completion
+    from .runtime import Model as Model
+    from .runtime import Piece as Piece
+    from .runtime import Result as Result
+    from .runtime import RuntimeOptions as RuntimeOptions
+    from .runtime import SamplingParams as SamplingParams
+    from .runtime import Sequence as Sequence
+    from .runtime import Session as Session
+    from .runtime import Usage as Usage
+    from .runtime import load as load
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    value = getattr(import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
