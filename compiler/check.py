@@ -1,0 +1,206 @@
+"""Does an artifact compute what its source computes? The same tokens through both, case by case, with the limit beside each figure.
+
+Two comparisons. *reference*: the source with its weights dequantized to fp32, run without onnxruntime's fusions (which turn DequantizeLinear +
+MatMul into int8 arithmetic). Its limits are tight, and it alone tells a wrong rewrite from a rounding. *original*: the source as it stands, as its
+users run it: quality, with limits out of the manifest. An artifact passes when every case of both does.
+
+New to this? *KL* (divergence, in nats) measures how far one distribution over the next token is from another; 0 is equal. *Top-1 agreement* is the
+share of rows whose most likely token is the same. A *row* is the logits after one token.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedError
+from ..models.artifact import Artifact, Manifest
+from ..models.onnx_reader import read_onnx, source_sha256
+from ..models.runner import Runner
+from ..passes.normalize import FoldDequantize
+from .check_cases import CASES, PREDICT, Case, Tokens, tokens_for
+
+Load = Callable[[Path, bool], Runner]
+"""(path of an artifact or an `.onnx`, onnxruntime's graph optimizations on) -> Runner. The facade hands in `octavo.load`."""
+
+Comparison = Literal["reference", "original"]
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a case may differ by; None is shown and does not decide. `relative` is max abs over the largest absolute logit of the other side."""
+
+    relative: float | None = None
+    mean_kl: float | None = None
+    top1: float | None = None
+
+
+# The tight limits, by what the cache stores. fp32: both sides compute the same sums in another order; a logit's rounding error is about
+# ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limit leaves a factor of ten. fp16: keys and values are rounded to 2⁻¹¹
+# once; that costs SmolLM2 a mean KL of 1e-6, and 1e-5 is what is promised.
+TIGHT = {"fp32": Limits(relative=2e-4, mean_kl=1e-7), "fp16": Limits(relative=2e-2, mean_kl=1e-5)}
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case of one comparison: how far apart the two sides are over `rows` rows of logits, and what was allowed."""
+
+    comparison: Comparison
+    case: str
+    rows: int
+    max_abs: float
+    relative: float
+    mean_kl: float
+    top1: float
+    limits: Limits
+
+    @property
+    def ok(self) -> bool:
+        """Written so that a NaN fails."""
+        return all(
+            limit is None or bool(value <= limit if sign > 0 else value >= limit)
+            for value, limit, sign in (
+                (self.relative, self.limits.relative, 1), (self.mean_kl, self.limits.mean_kl, 1), (self.top1, self.limits.top1, -1),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The account of one check. `notes` say what was not compared, and why."""
+
+    artifact: str
+    against: str
+    kind: str
+    results: tuple[CaseResult, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.results) and all(result.ok for result in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok, "results": [{**asdict(result), "ok": result.ok} for result in self.results]}
+
+    def to_text(self) -> str:
+        lines = [f"{self.artifact} ({self.kind}) against {self.against}"]
+        for comparison, title in _TITLES.items():
+            results = [result for result in self.results if result.comparison == comparison]
+            if results:
+                lines += ["", title, f"  {'case':<20} {'rows':>5} {'max abs':>10} {'relative':>20} {'mean KL':>20} {'top-1':>16}"]
+                lines += [f"  {_result_line(result)}" for result in results]
+        lines += ["", *self.notes] if self.notes else []
+        failed = sum(1 for result in self.results if not result.ok)
+        return "\n".join([*lines, "", "The check passed." if self.ok else f"The check FAILED: {failed} of {len(self.results)} cases are over their limit."])
+
+
+_TITLES = {
+    "reference": "Against the source with fp32 weights, without onnxruntime's fusions (this decides whether the rewrite is right)",
+    "original": "Against the source as it stands (quality)",
+}
+
+
+def check(
+    artifact: str | PathLike[str], against: str | PathLike[str], *, load: Load, text: str | None = None, seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Runs the artifact and `against` (an `.onnx`) through the same cases and compares their logits.
+
+    The tokens are `text` (a passage of ours by default) where the artifact has a tokenizer, else seeded uniform ids. One model is in memory at a time.
+    Raises ArtifactError (an incomplete artifact, or contents that are not those recorded), ModelError (`against` can't be read), UnsupportedError (the
+    artifact has no logits).
+    """
+    say = progress or (lambda _: None)
+    opened = Artifact.open(Path(artifact))
+    say("verifying the artifact's contents")
+    opened.verify_contents()
+    manifest = opened.manifest
+    if manifest.spec is None:
+        raise UnsupportedError(
+            "check compares logits, and this graph has none",
+            hint="compare octavo.load(path).run(inputs) of both sides on inputs of your own",
+        )
+    tokens = tokens_for(Path(artifact), manifest.spec.vocab_size, manifest.spec.max_context, text=text, seed=seed)
+    notes: list[str] = []
+    say("running the artifact")
+    ours = _run(load(Path(artifact), True), CASES, tokens, notes)
+    cases = tuple(case for case in CASES if case.name in ours)
+    results: list[CaseResult] = []
+    if source_sha256(against) != manifest.source.sha256:
+        notes.append(f"{against} is not the file that the artifact was compiled from ({manifest.source.name}, by its sha256).")
+    with tempfile.TemporaryDirectory(prefix="octavo-check-") as scratch:
+        say("dequantizing the source and running it without fusions")
+        theirs = _run(load(dequantized(Path(against), Path(scratch)), False), cases, tokens, notes)
+        results += [compare("reference", name, ours[name], rows, _tight(manifest)) for name, rows in theirs.items()]
+    say("running the source as it stands")
+    theirs = _run(load(Path(against), True), cases, tokens, notes)
+    results += [compare("original", name, ours[name], rows, _quality(manifest)) for name, rows in theirs.items()]
+    return CheckReport(str(artifact), str(against), manifest.kind, tuple(results), tuple(dict.fromkeys(notes)))
+
+
+def dequantized(source: Path, folder: Path) -> Path:
+    """The path of a graph that computes `source` with fp32 weights: a new one in `folder`, or `source` itself where nothing is quantized."""
+    model = read_onnx(source)
+    result = FoldDequantize()(model)
+    if not result.modified:
+        return source
+    target = folder / "reference.onnx"
+    ir.save(result.model, target, external_data="reference.onnx.data")
+    return target
+
+
+def compare(comparison: Comparison, case: str, ours: Rows, theirs: Rows, limits: Limits) -> CaseResult:
+    """The figures of one case, in float64. Logits of another shape, or that are not finite on one side only, differ without bound."""
+    if ours.shape != theirs.shape or not np.array_equal(np.isfinite(ours), np.isfinite(theirs)):
+        return CaseResult(comparison, case, len(ours), np.inf, np.inf, np.inf, 0.0, limits)
+    max_abs = float(np.max(np.abs(ours - theirs), initial=0.0))
+    largest = float(np.max(np.abs(theirs), initial=0.0))
+    # Row by row: in float64 a long case of a large vocabulary would not fit beside the model.
+    kl = float(np.mean([_kl(q.astype(np.float64), p.astype(np.float64)) for q, p in zip(ours, theirs)]))
+    top1 = float(np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)))
+    return CaseResult(comparison, case, len(ours), max_abs, max_abs / largest if largest else max_abs, kl, top1, limits)
+
+
+def _kl(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """KL(theirs ‖ ours) of one row; 0 at least, where rounding would say less."""
+    log_p, log_q = (x - x.max() - np.log(np.sum(np.exp(x - x.max()))) for x in (theirs, ours))
+    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
+
+
+def _run(runner: Runner, cases: tuple[Case, ...], tokens: Tokens, notes: list[str]) -> dict[str, Rows]:
+    """The logits of each case. A graph without sequences (no cache, and none can be made up) is compared on `predict` alone."""
+    try:
+        try:
+            return {case.name: case.run(runner, tokens) for case in cases}
+        except UnsupportedError as e:
+            notes.append(f"Only `predict` was compared: {e}")
+            return {PREDICT.name: PREDICT.run(runner, tokens)}
+    finally:
+        runner.close()
+
+
+def _tight(manifest: Manifest) -> Limits:
+    stored = {layer.cache for layer in manifest.spec.cache_layers} if manifest.spec else set()
+    return TIGHT["fp16" if "fp16" in stored else "fp32"]
+
+
+def _quality(manifest: Manifest) -> Limits:
+    return Limits(mean_kl=manifest.thresholds["mean_kl"], top1=manifest.thresholds["top1"])
+
+
+def _result_line(result: CaseResult) -> str:
+    def against(value: float, limit: float | None, sign: str) -> str:
+        return f"{value:.2e}" if limit is None else f"{value:.2e} {sign} {limit:.0e}"
+
+    top1 = f"{result.top1:.3f}" if result.limits.top1 is None else f"{result.top1:.3f} ≥ {result.limits.top1:.2f}"
+    relative, kl = against(result.relative, result.limits.relative, "≤"), against(result.mean_kl, result.limits.mean_kl, "≤")
+    return f"{result.case:<20} {result.rows:>5} {result.max_abs:>10.2e} {relative:>20} {kl:>20} {top1:>16}  {'ok' if result.ok else 'FAILED'}"
