@@ -1,11 +1,11 @@
 """Does an artifact compute what its source computes? The same tokens through both, case by case, with the limit beside each figure.
 
-Two comparisons. *reference*: the source with its weights dequantized to fp32, run without onnxruntime's fusions (which turn DequantizeLinear +
-MatMul into int8 arithmetic). Its limits are tight, and it alone tells a wrong rewrite from a rounding. *original*: the source as it stands, as its
-users run it: quality, with limits out of the manifest. An artifact passes when every case of both does.
+Two comparisons. *reference*: the source with its weights dequantized to fp32, run without onnxruntime's fusions (they turn
+DequantizeLinear + MatMul into int8 arithmetic). Its limits are tight, and it alone tells a wrong rewrite from a rounding. *original*: the
+source as it stands, as its users run it: quality, with limits out of the manifest. An artifact passes when every case of both does.
 
-New to this? *KL* (divergence, in nats) measures how far one distribution over the next token is from another; 0 is equal. *Top-1 agreement* is the
-share of rows whose most likely token is the same. A *row* is the logits after one token.
+New to this? *KL* (divergence, in nats) measures how far one distribution over the next token is from another; 0 is equal. *Top-1
+agreement* is the share of rows whose most likely token is the same. A *row* is the logits after one token.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rows = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a case may differ by; None is shown and does not decide. `relative` is max abs over the largest absolute logit of the other side."""
+    """What a case may differ by; None is shown and does not decide. `relative` is max abs over the other side's largest absolute logit."""
 
     relative: float | None = None
     mean_kl: float | None = None
@@ -100,7 +100,8 @@ class CheckReport:
                 lines += [f"  {_result_line(result)}" for result in results]
         lines += ["", *self.notes] if self.notes else []
         failed = sum(1 for result in self.results if not result.ok)
-        return "\n".join([*lines, "", "The check passed." if self.ok else f"The check FAILED: {failed} of {len(self.results)} cases are over their limit."])
+        closing = "The check passed." if self.ok else f"The check FAILED: {failed} of {len(self.results)} cases are over their limit."
+        return "\n".join([*lines, "", closing])
 
 
 _TITLES = {
@@ -115,9 +116,9 @@ def check(
 ) -> CheckReport:
     """Runs the artifact and `against` (an `.onnx`) through the same cases and compares their logits.
 
-    The tokens are `text` (a passage of ours by default) where the artifact has a tokenizer, else seeded uniform ids. One model is in memory at a time.
-    Raises ArtifactError (an incomplete artifact, or contents that are not those recorded), ModelError (`against` can't be read), UnsupportedError (the
-    artifact has no logits).
+    The tokens are `text` (a passage of ours by default) where the artifact has a tokenizer, else seeded uniform ids. One model is in
+    memory at a time. Raises ArtifactError (an incomplete artifact, or contents that are not those recorded), ModelError (`against` can't be
+    read), UnsupportedError (the artifact has no logits).
     """
     say = progress or (lambda _: None)
     opened = Artifact.open(Path(artifact))
@@ -148,7 +149,7 @@ def check(
 
 
 def dequantized(source: Path, folder: Path) -> Path:
-    """The path of a graph that computes `source` with fp32 weights: a new one in `folder`, or `source` itself where nothing is quantized."""
+    """A graph that computes `source` with fp32 weights: a new file in `folder`, or `source` itself where nothing is quantized."""
     model = read_onnx(source)
     result = FoldDequantize()(model)
     if not result.modified:
@@ -198,9 +199,10 @@ def _quality(manifest: Manifest) -> Limits:
 
 
 def _result_line(result: CaseResult) -> str:
-    def against(value: float, limit: float | None, sign: str) -> str:
-        return f"{value:.2e}" if limit is None else f"{value:.2e} {sign} {limit:.0e}"
+    def beside(value: float, limit: float | None) -> str:
+        return f"{value:.2e}" if limit is None else f"{value:.2e} ≤ {limit:.0e}"
 
     top1 = f"{result.top1:.3f}" if result.limits.top1 is None else f"{result.top1:.3f} ≥ {result.limits.top1:.2f}"
-    relative, kl = against(result.relative, result.limits.relative, "≤"), against(result.mean_kl, result.limits.mean_kl, "≤")
-    return f"{result.case:<20} {result.rows:>5} {result.max_abs:>10.2e} {relative:>20} {kl:>20} {top1:>16}  {'ok' if result.ok else 'FAILED'}"
+    relative, kl = beside(result.relative, result.limits.relative), beside(result.mean_kl, result.limits.mean_kl)
+    verdict = "ok" if result.ok else "FAILED"
+    return f"{result.case:<20} {result.rows:>5} {result.max_abs:>10.2e} {relative:>20} {kl:>20} {top1:>16}  {verdict}"
