@@ -26,11 +26,12 @@ SHORTEST = 8
 
 # Text gives the peaked distributions that models are used on; uniform ids alone leave most logits nearly flat.
 TEXT = """A bookbinder folds each printed sheet once, twice or three times, and the number of folds gives the book its name: a folio, a
-quarto, an octavo. The folded sheets are gathered in order, pressed, and sewn through the fold on to cords or tapes. Nothing in the text tells
-the reader where one sheet ends and the next begins; only the small letters at the foot of some pages do, and those were put there for the
-binder. If two sheets change places the book still looks like a book, the lines still fill the page, and the error shows only to somebody who
-reads. That is why a careful shop collates: one person turns the leaves, and another follows in a copy that is known to be good. A book of
-320 pages in octavo takes 20 sheets, so a shop that prints 1,000 copies folds 20,000 of them, and each can go wrong in its own way.
+quarto, an octavo. The folded sheets are gathered in order, pressed, and sewn through the fold on to cords or tapes. Nothing in the text
+tells the reader where one sheet ends and the next begins; only the small letters at the foot of some pages do, and those were put there
+for the binder. If two sheets change places the book still looks like a book, the lines still fill the page, and the error shows only to
+somebody who reads. That is why a careful shop collates: one person turns the leaves, and another follows in a copy that is known to be
+good. A book of 320 pages in octavo takes 20 sheets, so a shop that prints 1,000 copies folds 20,000 of them, and each can go wrong in its
+own way.
 def collate(sheets):
     return [page for sheet in sorted(sheets) for page in sheet.pages]
 Question: how many sheets are there in a book of 160 pages? Answer:"""
@@ -60,7 +61,8 @@ def tokens_for(folder: Path, vocab_size: int, max_context: int, *, text: str | N
     """
     if max_context < SHORTEST:
         raise ModelError(
-            f"a context of {max_context} tokens is too short to check", hint=f"at least {SHORTEST} are needed: compile with a larger max_context"
+            f"a context of {max_context} tokens is too short to check",
+            hint=f"at least {SHORTEST} are needed: compile with a larger max_context",
         )
     long, short = min(LONG, max_context), min(SHORT, max_context)
     ids = np.random.default_rng(seed).integers(0, vocab_size, long + short, dtype=np.int64)
