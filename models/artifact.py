@@ -1,18 +1,30 @@
 """A compiled model on disk: a folder with a manifest, the graph, its weights, and the tokenizer's files.
 
-    model.onnx  model.onnx.data  octavo.json  report.json  [tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json, …]
+    model.onnx  model.onnx.data  octavo.json  report.json  [tokenizer.json, tokenizer_config.json, chat_template.jinja, …]
 
-The manifest (`octavo.json`) is the only thing the compiler tells the runtime. It names no path outside its own folder, and none is followed.
+The manifest (`octavo.json`) is the only thing the compiler tells the runtime. It names no path outside its own folder, none is followed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+import os
+import shutil
+import stat
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from ..custom_ops.contract import CACHE_LAYOUT
+from ..errors import ArtifactError, ModelError, UnsafePathError
 from .decision import Decision
+from .external_data import check_external_paths
 from .interface import GraphInterface
+from .json_record import SchemaError, read_record
 from .spec import Kind, ModelSpec
+from .staging import StagedFolder
 
 FORMAT_VERSION = 1
 MANIFEST = "octavo.json"
@@ -24,6 +36,8 @@ REPORT = "report.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "config.json",
 )
+
+_COMPILE_AGAIN = "compile the model again"
 
 
 @dataclass(frozen=True)
@@ -57,3 +71,160 @@ class Manifest:
     octavo_version: str
     thresholds: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
+    """Writes `manifest` as JSON to the file `path`."""
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest in the file `path`. ArtifactError where it is missing, malformed, of another version, or has keys we don't know."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        hint = "give the folder that octavo compile wrote"
+        raise ArtifactError(f"{path.parent} is not an artifact: it holds no {path.name}", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not readable JSON: {error}", hint=_COMPILE_AGAIN) from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ArtifactError(f"{path} has format version {version!r}, this Octavo reads {FORMAT_VERSION}", hint=_COMPILE_AGAIN)
+    try:
+        manifest = read_record(Manifest, data, "the manifest")
+    except SchemaError as error:
+        raise ArtifactError(f"{path}: {error}", hint=_COMPILE_AGAIN) from error
+    for name in manifest.files:
+        if not _is_bare(name):
+            raise ArtifactError(f"{path} records a file {name!r}, which is not a plain name", hint=_COMPILE_AGAIN)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest, file sizes and cache layout have been checked. `verify_contents` checks the bytes."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / GRAPH
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Artifact:
+        """The artifact in the folder `path`.
+
+        Raises ArtifactError for a folder that is none, another format version or cache layout, a file missing or of another size, or a
+        graph that reads files other than those recorded.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise ArtifactError(f"{folder} {what}", hint="give the folder that octavo compile wrote")
+        artifact = Artifact(folder.resolve(), read_manifest(folder / MANIFEST))
+        artifact._check()
+        return artifact
+
+    def _check(self) -> None:
+        manifest = self.manifest
+        if manifest.kind == "paged" and manifest.cache_layout != CACHE_LAYOUT:
+            message = f"{self.folder} was compiled for the cache layout {manifest.cache_layout!r}, the kernels here have {CACHE_LAYOUT!r}"
+            raise ArtifactError(message, hint=_COMPILE_AGAIN)
+        if GRAPH not in manifest.files:
+            raise ArtifactError(f"{self.folder / MANIFEST} records no {GRAPH}", hint=_COMPILE_AGAIN)
+        for name, record in manifest.files.items():
+            try:
+                info = (self.folder / name).lstat()
+            except OSError:
+                raise ArtifactError(f"{self.folder / name} is missing", hint=f"copy the whole folder, or {_COMPILE_AGAIN}") from None
+            if not stat.S_ISREG(info.st_mode):
+                raise ArtifactError(f"{self.folder / name} is not a regular file", hint=f"copy the whole folder, or {_COMPILE_AGAIN}")
+            if info.st_size != record.size:
+                message = f"{self.folder / name} has {info.st_size} bytes, the manifest records {record.size}"
+                raise ArtifactError(message, hint=f"it was changed or truncated: {_COMPILE_AGAIN}")
+        try:
+            read = check_external_paths(self.graph)
+        except UnsafePathError:
+            raise
+        except ModelError as error:
+            raise ArtifactError(error.message, hint=_COMPILE_AGAIN) from error
+        stray = [file for file in read if file.parent != self.folder or file.name not in manifest.files]
+        if stray:
+            raise ArtifactError(f"{self.graph} reads {stray[0]}, which the manifest does not record", hint=_COMPILE_AGAIN)
+
+    def verify_contents(self) -> None:
+        """Hashes every recorded file. ArtifactError names the first whose contents are not those that were written."""
+        for name, record in self.manifest.files.items():
+            if _sha256(self.folder / name) != record.sha256:
+                raise ArtifactError(f"the contents of {self.folder / name} are not those recorded", hint=_COMPILE_AGAIN)
+
+
+class ArtifactWriter:
+    """Writes an artifact beside its target and renames it there at the end, so that a target is whole or as it was before.
+
+        with ArtifactWriter("out/") as writer:
+            ...                             # write GRAPH, WEIGHTS and REPORT into writer.folder
+            writer.copy_tokenizer(folder)   # of the source
+            artifact = writer.finish(manifest)
+
+    Leaving the block without `finish` removes what was written. An existing target is replaced when it is an artifact or an empty folder,
+    and refused (ArtifactError) when it is anything else.
+    """
+
+    def __init__(self, target: str | os.PathLike[str]) -> None:
+        self._staged = StagedFolder(target, replaceable=lambda folder: (folder / MANIFEST).is_file(), error=ArtifactError)
+
+    @property
+    def folder(self) -> Path:
+        """Where to write the files."""
+        return self._staged.folder
+
+    def __enter__(self) -> ArtifactWriter:
+        self._staged.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._staged.__exit__(kind, error, trace)
+
+    def copy_tokenizer(self, source_folder: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Copies the TOKENIZER_FILES that lie in `source_folder` as regular files, and returns their names. Links are not followed."""
+        copied = []
+        for name in TOKENIZER_FILES:
+            source = Path(source_folder) / name
+            if source.is_file() and not source.is_symlink():
+                shutil.copyfile(source, self.folder / name)
+                copied.append(name)
+        return tuple(copied)
+
+    def finish(self, manifest: Manifest) -> Artifact:
+        """Records size and hash of every file written (they replace `manifest.files`), and puts the folder in the target's place."""
+        files = {}
+        for file in sorted(self.folder.iterdir()):
+            assert file.is_file() and not file.is_symlink(), f"an artifact holds plain files only: {file}"
+            files[file.name] = FileRecord(size=file.stat().st_size, sha256=_sha256(file))
+        assert GRAPH in files, "an artifact has a graph"
+        write_manifest(replace(manifest, files=files), self.folder / MANIFEST)
+        Artifact.open(self.folder)  # what can't be loaded is never put in place
+        return Artifact.open(self._staged.commit())
+
+
+def _is_bare(name: str) -> bool:
+    return name not in ("", ".", "..", MANIFEST) and not set(name) & set("/\\\0:")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
