@@ -19,10 +19,10 @@ import typer
 from typer.exceptions import TyperException
 
 from . import __version__
-from .errors import ModelError, OctavoError, OptionError
+from .errors import ModelError, OctavoError, OptionError, StepError
 
 if TYPE_CHECKING:
-    from .runtime import Model, Piece, RuntimeOptions, SamplingParams
+    from .runtime import Completion, Model, Piece, RuntimeOptions, SamplingParams
 
 FINE, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -162,6 +162,8 @@ def generate(
             return
         results = model.generate(prompts, params)
     answers = [completion for result in results for completion in result.completions]
+    for answer in answers:
+        _raise_error(answer)
     data = [{"text": a.text, "token_ids": list(a.token_ids), "finish_reason": a.finish_reason} for a in answers]
     _print(as_json, {"completions": data}, "\n---\n".join(answer.text for answer in answers))
 
@@ -317,12 +319,18 @@ def _stream(pieces: Iterable[Piece], *, quiet: bool = False) -> str:
     """Prints pieces as they come and returns the whole text."""
     texts = []
     for piece in pieces:
+        _raise_error(piece)
         texts.append(piece.text)
         if not quiet:
             print(piece.text, end="", flush=True)
     if not quiet:
         print(flush=True)
     return "".join(texts)
+
+
+def _raise_error(end: Piece | Completion) -> None:
+    if end.finish_reason == "error":
+        raise StepError(end.error)
 
 
 def _asked() -> Iterator[str]:

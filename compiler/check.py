@@ -22,32 +22,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
-from ..models.artifact import Artifact, Manifest
+from ..models.artifact import Artifact
 from ..models.onnx_reader import read_onnx, source_sha256
 from ..models.runner import Runner
 from ..passes.normalize import FoldDequantize
 from .check_cases import CASES, PREDICT, Case, Tokens, tokens_for
+from .thresholds import Limits, quality, tight
 
 Load = Callable[[Path, bool], Runner]
 """(path of an artifact or an `.onnx`, onnxruntime's graph optimizations on) -> Runner. The facade hands in `octavo.load`."""
 
 Comparison = Literal["reference", "original"]
 Rows = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a case may differ by; None is shown and does not decide. `relative` is max abs over the other side's largest absolute logit."""
-
-    relative: float | None = None
-    mean_kl: float | None = None
-    top1: float | None = None
-
-
-# The tight limits, by what the cache stores. fp32: both sides compute the same sums in another order; a logit's rounding error is about
-# ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limit leaves a factor of ten. fp16: keys and values are rounded to 2⁻¹¹
-# once; that costs SmolLM2 a mean KL of 1e-6, and 1e-5 is what is promised.
-TIGHT = {"fp32": Limits(relative=2e-4, mean_kl=1e-7), "fp16": Limits(relative=2e-2, mean_kl=1e-5)}
 
 
 @dataclass(frozen=True)
@@ -141,10 +127,10 @@ def check(
     with tempfile.TemporaryDirectory(prefix="octavo-check-") as scratch:
         say("dequantizing the source and running it without fusions")
         theirs = _run(load(dequantized(Path(against), Path(scratch)), False), cases, tokens, notes)
-        results += [compare("reference", name, ours[name], rows, _tight(manifest)) for name, rows in theirs.items()]
+        results += [compare("reference", name, ours[name], rows, tight(manifest.spec)) for name, rows in theirs.items()]
     say("running the source as it stands")
     theirs = _run(load(Path(against), True), cases, tokens, notes)
-    results += [compare("original", name, ours[name], rows, _quality(manifest)) for name, rows in theirs.items()]
+    results += [compare("original", name, ours[name], rows, quality(manifest.thresholds)) for name, rows in theirs.items()]
     return CheckReport(str(artifact), str(against), manifest.kind, tuple(results), tuple(dict.fromkeys(notes)))
 
 
@@ -187,15 +173,6 @@ def _run(runner: Runner, cases: tuple[Case, ...], tokens: Tokens, notes: list[st
             return {PREDICT.name: PREDICT.run(runner, tokens)}
     finally:
         runner.close()
-
-
-def _tight(manifest: Manifest) -> Limits:
-    stored = {layer.cache for layer in manifest.spec.cache_layers} if manifest.spec else set()
-    return TIGHT["fp16" if "fp16" in stored else "fp32"]
-
-
-def _quality(manifest: Manifest) -> Limits:
-    return Limits(mean_kl=manifest.thresholds["mean_kl"], top1=manifest.thresholds["top1"])
 
 
 def _result_line(result: CaseResult) -> str:
