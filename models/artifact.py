@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ..custom_ops.contract import CACHE_LAYOUT
-from ..errors import ArtifactError, ModelError, UnsafePathError
+from ..errors import ArtifactError, ModelError
 from .decision import Decision
 from .external_data import check_external_paths
 from .interface import GraphInterface
@@ -147,8 +147,6 @@ class Artifact:
                 raise ArtifactError(message, hint=f"it was changed or truncated: {_COMPILE_AGAIN}")
         try:
             read = check_external_paths(self.graph)
-        except UnsafePathError:
-            raise
         except ModelError as error:
             raise ArtifactError(error.message, hint=_COMPILE_AGAIN) from error
         stray = [file for file in read if file.parent != self.folder or file.name not in manifest.files]

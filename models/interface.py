@@ -1,6 +1,6 @@
 """What a graph's inputs and outputs are for. Names differ from exporter to exporter; roles don't.
 
-The compiler writes roles into the manifest; for a plain `.onnx` they are guessed from names, types and ranks by `roles_by_name`, and a
+The compiler writes roles into the manifest; for a plain `.onnx` they are guessed by `roles.guess_interface`, and a
 graph with an input of unknown role can be `run`, never driven as a decoder.
 """
 
@@ -35,7 +35,8 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class GraphPort:
-    """A graph input or output. `shape` holds ints and symbol names (None: unknown), `dtype` is a NumPy name ("float32", "int64", "bool")."""
+    """A graph input or output. `shape` holds ints and symbol names (None: unknown), `dtype` is a NumPy name ("float32", "int64", "bool").
+    """
 
     name: str
     dtype: str

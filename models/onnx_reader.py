@@ -17,8 +17,10 @@ from onnx_ir.serde import TensorProtoTensor
 
 from ..errors import ModelError, UnsafePathError
 from .external_data import ExternalEntry, check_entry, check_external_paths, model_file, source_sha256
+from .interface import GraphInterface
+from .roles import Triple, guess_interface
 
-__all__ = ["MAX_OPSET", "Source", "external_files", "read_onnx", "source_sha256"]
+__all__ = ["MAX_OPSET", "Source", "external_files", "graph_interface", "read_onnx", "source_sha256"]
 
 # The newest ai.onnx opset whose meaning Octavo's rules know.
 MAX_OPSET = 25
@@ -61,6 +63,18 @@ def read_onnx(source: Source) -> ir.Model:
 def external_files(model: ir.Model) -> tuple[Path, ...]:
     """The files, sorted, that the model's tensors are read from."""
     return tuple(sorted({Path(tensor.path) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}))
+
+
+def graph_interface(model: ir.Model) -> GraphInterface:
+    """The model's inputs and outputs with the roles that `roles.guess_interface` gives them. Inputs with an initializer are no inputs."""
+    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    return guess_interface([_triple(value) for value in inputs], [_triple(value) for value in model.graph.outputs])
+
+
+def _triple(value: ir.Value) -> Triple:
+    dtype = value.dtype.name if isinstance(value.type, ir.TensorType) else str(value.type)
+    shape = None if value.shape is None else [size if isinstance(size, int) else size.value for size in value.shape]
+    return value.name or "", dtype, shape
 
 
 def _check_proto(proto: onnx.ModelProto, what: str) -> None:
