@@ -16,8 +16,8 @@ class Limits:
     top1: float | None = None
 
 
-# Against the source with fp32 weights and no fusions. fp32 cache: both sides compute the same sums in another order; a logit's rounding error
-# is about ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limit leaves a factor of ten. fp16 cache: keys and values are
+# Against the source with fp32 weights and no fusions. fp32 cache: both sides compute the same sums in another order; a logit is off by
+# about ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limit leaves a factor of ten. fp16 cache: keys and values are
 # rounded to 2⁻¹¹ once; a mean KL of 1e-5 is what is promised for it.
 _TIGHT: dict[CacheName, Limits] = {"fp32": Limits(relative=2e-4, mean_kl=1e-7), "fp16": Limits(relative=2e-2, mean_kl=1e-5)}
 
