@@ -1,7 +1,7 @@
 """Cutting pieces out of a graph and opening them in onnxruntime, without copying weights and without touching the graph.
 
-A *cone* is everything that some values are computed from, back to where the caller says to stop. Constants of LARGE bytes or more never enter
-the serialized piece: they become inputs of it and are fed as views of the memory (or the mapped file) that they already lie in.
+A *cone* is everything that some values are computed from, back to where the caller says to stop. Constants of LARGE bytes or more
+never enter the serialized piece: they become inputs of it and are fed as views of the memory (or the mapped file) they already lie in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-# Below this a constant is cheaper to serialize than to feed; small operands (axes, shapes, scales) must stay initializers, which some kernels insist on.
+# Below this a constant is cheaper to serialize than to feed, and some kernels insist that small operands (axes, scales) are initializers.
 LARGE = 1 << 16
 
 # Output i of a piece; no exporter writes such a name.
@@ -49,7 +49,7 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
 
 @dataclass(frozen=True)
 class Cone:
-    """What `outputs` are computed from. `nodes` are in execution order; `leaves` are the values at which it stops, initializers included."""
+    """What `outputs` are computed from: `nodes` in execution order, and `leaves`, the values at which it stops, initializers included."""
 
     outputs: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
@@ -103,6 +103,13 @@ def input_info(name: str, dtype: ir.DataType | None, rank: int | None) -> onnx.V
     return onnx.helper.make_tensor_value_info(name, int(dtype), None if rank is None else [None] * rank)
 
 
+def constant_info(value: ir.Value) -> onnx.ValueInfoProto:
+    """An initializer's declaration as a graph input, for feeding it."""
+    tensor = value.const_value
+    assert tensor is not None, f"{value.name} is no constant"
+    return onnx.helper.make_tensor_value_info(str(value.name), int(tensor.dtype), [int(size) for size in tensor.shape])
+
+
 def piece(
     model: ir.Model,
     nodes: Iterable[ir.Node],
@@ -110,7 +117,7 @@ def piece(
     initializers: Iterable[ir.Value],
     outputs: Sequence[onnx.NodeProto],
 ) -> onnx.ModelProto:
-    """A model of `nodes` with `model`'s opsets and functions. `outputs` are closing nodes, each with one output: the piece's outputs in order."""
+    """A model of `nodes` with `model`'s opsets and functions. `outputs` are closing nodes with one output each: the piece's outputs."""
     graph = onnx.GraphProto(name="piece")
     graph.node.extend(ir.serde.serialize_node(node) for node in nodes)
     graph.node.extend(outputs)
@@ -128,14 +135,14 @@ def _initializer(value: ir.Value) -> onnx.TensorProto:
     assert tensor is not None
     proto = onnx.TensorProto(name=value.name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
     if tensor.dtype == ir.DataType.STRING:
-        proto.string_data.extend(tensor.string_data())  # type: ignore[attr-defined]
+        proto.string_data.extend(tensor.string_data())
     else:
         proto.raw_data = tensor.tobytes()
     return proto
 
 
 def open_session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    """A session that computes what is written and nothing else: no fusion, no prepacking, no arena, one thread. Raises onnxruntime's errors."""
+    """A session that computes what is written: no fusion, no prepacking, no arena, one thread. Raises onnxruntime's own errors."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -148,10 +155,13 @@ def open_session(proto: onnx.ModelProto) -> ort.InferenceSession:
 
 def run(session: ort.InferenceSession, feeds: Feeds) -> list[NDArray[Any]]:
     """All outputs, in order."""
-    values = {
-        name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feed)) for name, feed in feeds.items()
-    }
+    values = {name: feed if isinstance(feed, ort.OrtValue) else ort_value(feed) for name, feed in feeds.items()}
     return [output.numpy() for output in session.run_with_ort_values(None, values)]
+
+
+def ort_value(array: NDArray[Any]) -> ort.OrtValue:
+    """A view of `array`, or of a copy where it is not contiguous."""
+    return ort.OrtValue.ortvalue_from_numpy(array if array.flags.c_contiguous else array.copy(order="C"))
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,11 @@ class ConeRunner:
 
 
 def open_cone(model: ir.Model, cone: Cone, leaf_types: Mapping[ir.Value, tuple[ir.DataType, int | None]]) -> ConeRunner:
-    """Opens `cone`; `leaf_types` gives element type and rank (None: free) of each leaf that is no initializer. Raises onnxruntime's errors."""
+    """Opens `cone`; `leaf_types` gives element type and rank (None: free) of each leaf that is no initializer. Raises onnxruntime's own."""
     constants = [value for value in cone.leaves if value not in leaf_types]
-    large = [value for value in constants if is_large(value)]
+    large = {value for value in constants if is_large(value)}
     inputs = [input_info(str(value.name), *kind) for value, kind in leaf_types.items()]
-    inputs += [input_info(str(value.name), value.const_value.dtype, len(value.const_value.shape)) for value in large if value.const_value is not None]
+    inputs += [constant_info(value) for value in constants if value in large]
     outputs = [onnx.helper.make_node("Identity", [str(value.name)], [_OUTPUT.format(i)]) for i, value in enumerate(cone.outputs)]
-    session = open_session(piece(model, cone.nodes, inputs, (v for v in constants if v not in set(large)), outputs))
-    views = {str(value.name): ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array_of(value))) for value in large}
-    return ConeRunner(session, views, tuple(leaf_types))
+    session = open_session(piece(model, cone.nodes, inputs, (value for value in constants if value not in large), outputs))
+    return ConeRunner(session, {str(value.name): ort_value(array_of(value)) for value in large}, tuple(leaf_types))

@@ -1,12 +1,12 @@
-"""What a graph's values are, found by running it: which are constant, which follow from shapes and masks alone, which carry data, and how long each is.
+"""What a graph's values are, found by running it: constant, structural (follows from shapes and masks alone) or data; and how long each is.
 
     constant     weights, and what is computed from them alone
-    structural   follows from shapes, from attention_mask and position_ids, and from constants: masks, positions, rotary tables, reshape targets
+    structural   follows from shapes, attention_mask, position_ids and constants: masks, positions, rotary tables, reshape targets
     data         follows from what the tokens are, or from what is cached
 
-Shapes are learned by running the whole graph at a few tiny probes with zeros for weights (no weight is read, and zeros cost no memory), then
-written as formulas in B, S, P and T = P + S. A value whose shape follows from data or from a weight's content has none.
-Structural values can be evaluated at any probe: their cone runs alone, and every `Shape` of an activation in it is answered from the formulas.
+Shapes are learned by running the whole graph at a few tiny probes with zeros for weights (no weight is read, and zeros cost no
+memory), then written as formulas in B, S, P and T = P + S. A value whose shape follows from data or from a weight's content has none.
+Structural values can be evaluated at any probe: their cone runs alone, and each `Shape` of an activation in it is answered by formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from itertools import combinations_with_replacement
 from math import prod
 from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  (NumPy's names for bfloat16 and the 4-bit types)
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -26,14 +25,14 @@ from numpy.typing import NDArray
 
 from ..errors import OctavoError
 from ..models.interface import GraphInterface, GraphPort
-from .extract import LARGE, ConeRunner, cone, input_info, open_cone, open_session, piece, reads, run
+from .extract import LARGE, ConeRunner, cone, constant_info, open_cone, open_session, piece, reads, run
 
 Kind = Literal["constant", "structural", "data"]
 LETTERS = ("B", "S", "P", "T")
 
 
 class ObservationError(OctavoError):
-    """The graph can't be run at a probe, or a value can't be evaluated. `probe` is the first that failed; None where it is not about one."""
+    """The graph can't be run at a probe, or a value can't be evaluated. `probe` is the first that failed, None where it is about none."""
 
     def __init__(self, message: str, *, probe: Probe | None = None, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -78,14 +77,16 @@ class Dim:
 # Sizes that no two products of up to three letters fit alike (tests/passes/test_observe.py counts).
 _PROBES = (Probe(2, 3, 5), Probe(3, 5, 2), Probe(5, 2, 11))
 
-# Which inputs decide an op's output *shape* by their content; every input where an op is not listed here and not elementwise-like.
+# Which inputs decide an op's output *shape* by their content (none, where a standard op is not listed).
 _SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "Slice": (1, 2, 3, 4), "Squeeze": (1,),
-    "Unsqueeze": (1,), "Split": (1,), "SplitToSequence": (1,), "SequenceAt": (1,), "Pad": (1, 3), "TopK": (1,), "OneHot": (1,), "Resize": (1, 2, 3),
-    "Upsample": (1,), "CenterCropPad": (1,), "MaxUnpool": (2,), "NonZero": (0,), "Compress": (1,), "Unique": (0,), "NonMaxSuppression": (0, 1, 2, 3, 4),
-    "StringSplit": (0,), "If": (0,), "Loop": (0, 1), "AffineGrid": (1,), "Col2Im": (1, 2), "BlackmanWindow": (0,), "HannWindow": (0,), "HammingWindow": (0,),
-    "ReduceSum": (1,), "ReduceMean": (1,), "ReduceMax": (1,), "ReduceMin": (1,), "ReduceProd": (1,), "ReduceL1": (1,), "ReduceL2": (1,),
-    "ReduceLogSum": (1,), "ReduceLogSumExp": (1,), "ReduceSumSquare": (1,), "DFT": (1, 2), "STFT": (1, 3), "MelWeightMatrix": (0, 1),
+    "Unsqueeze": (1,), "Split": (1,), "SplitToSequence": (1,), "SequenceAt": (1,), "Pad": (1, 3), "TopK": (1,), "OneHot": (1,),
+    "Resize": (1, 2, 3), "Upsample": (1,), "CenterCropPad": (1,), "MaxUnpool": (2,), "NonZero": (0,), "Compress": (1,), "Unique": (0,),
+    "NonMaxSuppression": (0, 1, 2, 3, 4), "StringSplit": (0,), "If": (0,), "Loop": (0, 1), "AffineGrid": (1,), "Col2Im": (1, 2),
+    "BlackmanWindow": (0,), "HannWindow": (0,), "HammingWindow": (0,), "DFT": (1, 2), "STFT": (1, 3), "MelWeightMatrix": (0, 1),
+    **dict.fromkeys(
+        ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
+         "ReduceSumSquare"), (1,)),
 }
 _CONTRIB_SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {"GroupQueryAttention": (5, 6)}
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -122,7 +123,7 @@ class _Kinds:
             self._node(node)
 
     def _node(self, node: ir.Node) -> None:
-        operands = [value for value in reads(node)]
+        operands = list(reads(node))
         kinds = {self.kind[value] for value in operands}
         kind: Kind = "data" if "data" in kinds or node.op_type in _RANDOM else "structural" if "structural" in kinds else "constant"
         loose = any(value in self.loose for value in operands)
@@ -158,14 +159,25 @@ def _is_stand_in(value: ir.Value) -> bool:
 
 # ---- learning shapes
 
-def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> dict[ir.Value, tuple[Dim, ...] | None]:
-    asked = [v for node in model.graph if node.op_type not in _SEQUENCES for v in node.outputs if v.name and isinstance(v.type, ir.TensorType | None)]
+@dataclass(frozen=True)
+class _Shapes:
+    """What the probes taught. `letters` are what formulas may use; `unbatched` says why B is none of them (empty: it is one)."""
+
+    dims: dict[ir.Value, tuple[Dim, ...] | None]
+    probes: tuple[Probe, ...]
+    letters: tuple[str, ...]
+    unbatched: str
+
+
+def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> _Shapes:
+    tensors = (value for node in model.graph if node.op_type not in _SEQUENCES for value in node.outputs)
+    asked = [value for value in tensors if value.name and isinstance(value.type, ir.TensorType | None)]
     initializers = [value for value in model.graph.initializers.values() if value.const_value is not None]
     stand_ins = [value for value in initializers if _is_stand_in(value)]
     overridden = {value.name for value in initializers}
     inputs = [value for value in model.graph.inputs if value.name not in overridden]
     infos = [ir.serde.serialize_value(value) for value in inputs]
-    infos += [input_info(str(v.name), v.const_value.dtype, len(v.const_value.shape)) for v in stand_ins if v.const_value is not None]
+    infos += [constant_info(value) for value in stand_ins]
     closing = [onnx.helper.make_node("Shape", [str(value.name)], [f"octavo:shape.{i}"]) for i, value in enumerate(asked)]
     held = set(stand_ins)
     proto = piece(model, model.graph, infos, (value for value in initializers if value not in held), closing)
@@ -174,8 +186,9 @@ def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> 
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise ObservationError(f"onnxruntime can't open the graph: {_first_line(error)}") from error
     feeds = _zeros(stand_ins)
-    probes, found = _run_probes(session, interface, inputs, feeds)
-    letters = ("B", "S", "P", "T") if any(port.role == "past_key" for port in interface.inputs) else ("B", "S")
+    probes, found, unbatched = _run_probes(session, interface, inputs, feeds)
+    cached = any(port.role == "past_key" for port in interface.inputs)
+    letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()))
     shapes: dict[ir.Value, tuple[Dim, ...] | None] = {}
     for value in initializers:
         assert value.const_value is not None
@@ -185,27 +198,28 @@ def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> 
         shapes[value] = _fit(observed, probes, letters)
     for index, value in enumerate(asked):
         shapes[value] = None if value in kinds.loose else _fit([shape[index].tolist() for shape in found], probes, letters)
-    return shapes
+    return _Shapes(shapes, probes, letters, unbatched)
 
 
 def _run_probes(
     session: ort.InferenceSession, interface: GraphInterface, inputs: Sequence[ir.Value], constants: Mapping[str, ort.OrtValue],
-) -> tuple[tuple[Probe, ...], list[list[NDArray[Any]]]]:
-    """Shapes at every probe: with several sequences if the graph can, else with one (a batch of 1 is baked in by most TorchScript users)."""
+) -> tuple[tuple[Probe, ...], list[list[NDArray[Any]]], str]:
+    """Shapes at every probe: with several sequences if the graph can, else with one, and then why (a batch of 1 is often baked in)."""
     cached = any(port.role == "past_key" for port in interface.inputs)
     several = tuple(probe if cached else Probe(probe.batch, probe.length, 0) for probe in _PROBES)
-    failure: ObservationError | None = None
-    for probes in (several, tuple(Probe(1, probe.length, probe.past) for probe in several)):
-        try:
-            return probes, [_run_probe(session, interface, inputs, constants, probe) for probe in probes]
-        except ObservationError as error:
-            failure = error
-    assert failure is not None
-    raise failure
+    try:
+        return several, [_run_probe(session, interface, inputs, constants, probe) for probe in several], ""
+    except ObservationError as error:
+        single = tuple(Probe(1, probe.length, probe.past) for probe in several)
+        return single, [_run_probe(session, interface, inputs, constants, probe) for probe in single], error.message
 
 
 def _run_probe(
-    session: ort.InferenceSession, interface: GraphInterface, inputs: Sequence[ir.Value], constants: Mapping[str, ort.OrtValue], probe: Probe,
+    session: ort.InferenceSession,
+    interface: GraphInterface,
+    inputs: Sequence[ir.Value],
+    constants: Mapping[str, ort.OrtValue],
+    probe: Probe,
 ) -> list[NDArray[Any]]:
     feeds = {str(value.name): _feed(_port(interface, value), value, probe) for value in inputs}
     try:
@@ -258,7 +272,8 @@ def _feed(port: GraphPort, value: ir.Value, probe: Probe) -> NDArray[Any]:
     if port.role == "attention_mask":
         array = np.ones(shape) if probe.attention_mask is None else np.asarray(probe.attention_mask)
     elif port.role == "position_ids":
-        array = np.tile(np.arange(probe.past, probe.past + probe.length), (shape[0], 1)) if probe.position_ids is None else np.asarray(probe.position_ids)
+        counted = np.tile(np.arange(probe.past, probe.past + probe.length), (shape[0], 1))
+        array = counted if probe.position_ids is None else np.asarray(probe.position_ids)
     else:
         array = np.zeros(shape)
     assert array.shape == shape, f"{port.role} of the probe has shape {array.shape}, not {shape}"
@@ -268,8 +283,7 @@ def _feed(port: GraphPort, value: ir.Value, probe: Probe) -> NDArray[Any]:
 def _fit(observed: Sequence[Sequence[int]], probes: Sequence[Probe], letters: Sequence[str]) -> tuple[Dim, ...] | None:
     if len({len(shape) for shape in observed}) != 1:
         return None
-    usable = [letter for letter in letters if letter != "B" or len({probe.batch for probe in probes}) > 1]
-    dims = [_fit_dim(sizes, probes, usable) for sizes in zip(*observed)]
+    dims = [_fit_dim(sizes, probes, letters) for sizes in zip(*observed)]
     return tuple(dim for dim in dims if dim is not None) if None not in dims else None
 
 
@@ -290,14 +304,14 @@ def _first_line(error: Exception) -> str:
 # ---- what was seen
 
 class Observation:
-    """What is known of a graph's values. It goes stale when the graph is changed: values made later are unknown to it, and asking is a KeyError."""
+    """What is known of a graph's values. It goes stale when the graph changes: values made later are unknown, asking is a KeyError."""
 
-    def __init__(self, model: ir.Model, interface: GraphInterface, kinds: _Kinds, shapes: dict[ir.Value, tuple[Dim, ...] | None]) -> None:
+    def __init__(self, model: ir.Model, interface: GraphInterface, kinds: _Kinds, shapes: _Shapes) -> None:
         self.model = model
         self.interface = interface
         self._kinds = kinds
         self._shapes = shapes
-        self._opened: dict[tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]], ConeRunner] = {}
+        self._opened: dict[tuple[Any, ...], ConeRunner] = {}
 
     def kind(self, value: ir.Value) -> Kind:
         """Constant, structural or data."""
@@ -305,9 +319,22 @@ class Observation:
 
     def dims(self, value: ir.Value) -> tuple[Dim, ...] | None:
         """The value's shape as formulas; None where no formula fits, or where its shape follows from data."""
-        if value not in self._shapes and value in self._kinds.kind:
+        if value not in self._shapes.dims and value in self._kinds.kind:
             return None  # a sequence, or an output that is not there
-        return self._shapes[value]
+        return self._shapes.dims[value]
+
+    def contents(self, value: ir.Value) -> tuple[Dim, ...] | None:
+        """What the elements of a structural or constant integer `value` of rank 0 or 1 are, as formulas (a factor may be −1 or 0).
+
+        None where no formula fits, or it has more than 16 elements. Masks are all ones: this tells what reshape targets and bounds mean.
+        """
+        dims = self.dims(value)
+        if dims is None or len(dims) > 1 or any(dim.letters or dim.factor > 16 for dim in dims):
+            return None
+        found = [self.evaluate([value], probe)[0] for probe in self._shapes.probes]
+        if found[0].dtype.kind not in "iu":
+            return None
+        return _fit([array.reshape(-1).tolist() for array in found], self._shapes.probes, self._shapes.letters)
 
     @property
     def cached(self) -> bool:
@@ -316,15 +343,18 @@ class Observation:
 
     @property
     def batched(self) -> bool:
-        """Whether the graph ran with more than one sequence at once; if not, `batch` of a probe is 1."""
-        ids = next(value for value in self.model.graph.inputs if _port(self.interface, value).role == "input_ids")
-        dims = self._shapes[ids]
-        return dims is not None and "B" in dims[0].letters
+        """Whether the graph ran with more than one sequence at once; if not, `batch` of a probe is 1 and `unbatched` says why."""
+        return not self._shapes.unbatched
+
+    @property
+    def unbatched(self) -> str:
+        """What onnxruntime said when the graph was run with several sequences; empty where that worked."""
+        return self._shapes.unbatched
 
     def evaluate(
         self, values: Sequence[ir.Value], probe: Probe, *, replace: Mapping[ir.Value, NDArray[Any]] | None = None,
     ) -> list[NDArray[Any]]:
-        """Structural or constant `values` at `probe`. `replace` gives contents to values inside their cones, in place of what computes them.
+        """Structural or constant `values` at `probe`. `replace` gives contents to values in their cones, in place of what computes them.
 
         Raises ObservationError where a value follows from data, or where onnxruntime can't compute it.
         """
@@ -332,7 +362,7 @@ class Observation:
         assert probe.attention_mask is None or self.interface.input("attention_mask"), "the graph takes no attention_mask"
         assert probe.position_ids is None or self.interface.input("position_ids"), "the graph takes no position_ids"
         replace = replace or {}
-        key = (tuple(values), tuple(replace))
+        key = (tuple(values), tuple((value, array.dtype.str, array.ndim) for value, array in replace.items()))
         if key not in self._opened:
             self._opened[key] = self._open(values, replace, probe)
         runner = self._opened[key]
