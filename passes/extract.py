@@ -84,17 +84,9 @@ def cone(outputs: Sequence[ir.Value], stop: Callable[[ir.Value], bool] = lambda 
     return Cone(tuple(outputs), tuple(nodes), tuple(leaves))
 
 
-def array_of(value: ir.Value) -> NDArray[Any]:
-    """An initializer's contents, as a view of its memory or mapped file where it has one."""
-    tensor = value.const_value
-    assert tensor is not None, f"{value.name} is no constant"
-    return tensor.numpy()
-
-
-def is_large(value: ir.Value) -> bool:
-    """Whether an initializer is fed and not serialized. Types that NumPy has no word for stay serialized."""
-    tensor = value.const_value
-    return tensor is not None and tensor.nbytes >= LARGE and np.dtype(tensor.dtype.numpy()).kind in "fiub"
+def is_large(tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant is fed and not serialized. Types that NumPy has no word for stay serialized."""
+    return tensor.nbytes >= LARGE and tensor.dtype != ir.DataType.STRING and np.dtype(tensor.dtype.numpy()).kind in "fiub"
 
 
 def input_info(name: str, dtype: ir.DataType | None, rank: int | None) -> onnx.ValueInfoProto:
@@ -103,41 +95,38 @@ def input_info(name: str, dtype: ir.DataType | None, rank: int | None) -> onnx.V
     return onnx.helper.make_tensor_value_info(name, int(dtype), None if rank is None else [None] * rank)
 
 
-def constant_info(value: ir.Value) -> onnx.ValueInfoProto:
-    """An initializer's declaration as a graph input, for feeding it."""
-    tensor = value.const_value
-    assert tensor is not None, f"{value.name} is no constant"
-    return onnx.helper.make_tensor_value_info(str(value.name), int(tensor.dtype), [int(size) for size in tensor.shape])
+def constant_info(name: str, tensor: ir.TensorProtocol) -> onnx.ValueInfoProto:
+    """A constant's declaration as a graph input, for feeding it."""
+    return onnx.helper.make_tensor_value_info(name, int(tensor.dtype), [int(size) for size in tensor.shape])
 
 
-def piece(
-    model: ir.Model,
-    nodes: Iterable[ir.Node],
-    inputs: Sequence[onnx.ValueInfoProto],
-    initializers: Iterable[ir.Value],
-    outputs: Sequence[onnx.NodeProto],
-) -> onnx.ModelProto:
-    """A model of `nodes` with `model`'s opsets and functions. `outputs` are closing nodes with one output each: the piece's outputs."""
-    graph = onnx.GraphProto(name="piece")
-    graph.node.extend(ir.serde.serialize_node(node) for node in nodes)
-    graph.node.extend(outputs)
-    graph.input.extend(inputs)
-    graph.initializer.extend(_initializer(value) for value in initializers)
-    graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in outputs)
-    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION))
-    proto.functions.extend(ir.serde.serialize_function(function) for function in model.functions.values())
-    return proto
-
-
-def _initializer(value: ir.Value) -> onnx.TensorProto:
-    tensor = value.const_value
-    assert tensor is not None
-    proto = onnx.TensorProto(name=value.name, data_type=int(tensor.dtype), dims=[int(d) for d in tensor.shape])
+def constant_proto(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    """A constant, serialized."""
+    proto = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape])
     if tensor.dtype == ir.DataType.STRING:
         proto.string_data.extend(tensor.string_data())
     else:
         proto.raw_data = tensor.tobytes()
+    return proto
+
+
+def constants_of(values: Iterable[ir.Value]) -> dict[str, ir.TensorProtocol]:
+    """The contents of initializers, by name."""
+    return {str(value.name): value.const_value for value in values if value.const_value is not None}
+
+
+def piece(
+    model: ir.Model, nodes: Iterable[ir.Node], inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.NodeProto],
+) -> onnx.ModelProto:
+    """A model of `nodes` with `model`'s opsets and functions, without constants. Its outputs are those of `outputs`, closing nodes."""
+    graph = onnx.GraphProto(name="piece")
+    graph.node.extend(ir.serde.serialize_node(node) for node in nodes)
+    graph.node.extend(outputs)
+    graph.input.extend(inputs)
+    graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in outputs)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION))
+    proto.functions.extend(ir.serde.serialize_function(function) for function in model.functions.values())
     return proto
 
 
@@ -166,7 +155,7 @@ def ort_value(array: NDArray[Any]) -> ort.OrtValue:
 
 @dataclass(frozen=True)
 class ConeRunner:
-    """An opened cone. `run` takes the leaves that are no initializers, by name, and gives the outputs."""
+    """An opened cone. `run` takes the leaves that are no constants, by name, and gives the outputs."""
 
     session: ort.InferenceSession
     constants: Feeds
@@ -176,12 +165,28 @@ class ConeRunner:
         return run(self.session, {**self.constants, **feeds})
 
 
-def open_cone(model: ir.Model, cone: Cone, leaf_types: Mapping[ir.Value, tuple[ir.DataType, int | None]]) -> ConeRunner:
-    """Opens `cone`; `leaf_types` gives element type and rank (None: free) of each leaf that is no initializer. Raises onnxruntime's own."""
-    constants = [value for value in cone.leaves if value not in leaf_types]
-    large = {value for value in constants if is_large(value)}
+@dataclass(frozen=True)
+class PreparedCone:
+    """A cone as it was when it was prepared: later changes of the graph don't reach it. Constants are still where they were."""
+
+    proto: onnx.ModelProto
+    constants: Mapping[str, ir.TensorProtocol]
+    leaves: tuple[ir.Value, ...]
+
+    def open(self) -> ConeRunner:
+        """Raises onnxruntime's own errors."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        large = {name: tensor for name, tensor in self.constants.items() if is_large(tensor)}
+        proto.graph.input.extend(constant_info(name, tensor) for name, tensor in large.items())
+        small = ((name, tensor) for name, tensor in self.constants.items() if name not in large)
+        proto.graph.initializer.extend(constant_proto(name, tensor) for name, tensor in small)
+        return ConeRunner(open_session(proto), {name: ort_value(tensor.numpy()) for name, tensor in large.items()}, self.leaves)
+
+
+def prepare(model: ir.Model, cone: Cone, leaf_types: Mapping[ir.Value, tuple[ir.DataType, int | None]]) -> PreparedCone:
+    """`cone` for running. `leaf_types` gives element type and rank (None: free) of each leaf that is no constant."""
     inputs = [input_info(str(value.name), *kind) for value, kind in leaf_types.items()]
-    inputs += [constant_info(value) for value in constants if value in large]
     outputs = [onnx.helper.make_node("Identity", [str(value.name)], [_OUTPUT.format(i)]) for i, value in enumerate(cone.outputs)]
-    session = open_session(piece(model, cone.nodes, inputs, (value for value in constants if value not in large), outputs))
-    return ConeRunner(session, {str(value.name): ort_value(array_of(value)) for value in large}, tuple(leaf_types))
+    constants = constants_of(value for value in cone.leaves if value not in leaf_types)
+    return PreparedCone(piece(model, cone.nodes, inputs, outputs), constants, tuple(leaf_types))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import OctavoError
 from ..models.interface import GraphInterface, GraphPort
-from .extract import LARGE, ConeRunner, cone, constant_info, open_cone, open_session, piece, reads, run
+from .extract import LARGE, ConeRunner, cone, constant_info, constant_proto, constants_of, open_session, piece, prepare, reads, run
 
 Kind = Literal["constant", "structural", "data"]
 LETTERS = ("B", "S", "P", "T")
@@ -177,15 +177,16 @@ def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> 
     overridden = {value.name for value in initializers}
     inputs = [value for value in model.graph.inputs if value.name not in overridden]
     infos = [ir.serde.serialize_value(value) for value in inputs]
-    infos += [constant_info(value) for value in stand_ins]
+    held = constants_of(stand_ins)
+    infos += [constant_info(name, tensor) for name, tensor in held.items()]
     closing = [onnx.helper.make_node("Shape", [str(value.name)], [f"octavo:shape.{i}"]) for i, value in enumerate(asked)]
-    held = set(stand_ins)
-    proto = piece(model, model.graph, infos, (value for value in initializers if value not in held), closing)
+    proto = piece(model, model.graph, infos, closing)
+    proto.graph.initializer.extend(constant_proto(*item) for item in constants_of(initializers).items() if item[0] not in held)
     try:
         session = open_session(proto)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise ObservationError(f"onnxruntime can't open the graph: {_first_line(error)}") from error
-    feeds = _zeros(stand_ins)
+    feeds = _zeros(held)
     probes, found, unbatched = _run_probes(session, interface, inputs, feeds)
     cached = any(port.role == "past_key" for port in interface.inputs)
     letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()))
@@ -231,13 +232,12 @@ def _run_probe(
         ) from error
 
 
-def _zeros(values: Sequence[ir.Value]) -> dict[str, ort.OrtValue]:
+def _zeros(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ort.OrtValue]:
     """Zeros in the shape of each value: views of one buffer that is never written, so the system backs all of it by a single page."""
-    tensors = [(str(value.name), value.const_value) for value in values if value.const_value is not None]
-    count = max((int(np.prod(tensor.shape)) * max(1, int(tensor.dtype.itemsize)) for _, tensor in tensors), default=0)
+    count = max((int(np.prod(tensor.shape)) * max(1, int(tensor.dtype.itemsize)) for tensor in tensors.values()), default=0)
     buffer = np.zeros(count, np.uint8)
     feeds = {}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         shape = tuple(int(size) for size in tensor.shape)
         width = max(1, int(tensor.dtype.itemsize))
         view = buffer[: int(np.prod(shape)) * width].view(f"u{width}").reshape(shape)
@@ -387,7 +387,7 @@ class Observation:
                 assert leaf.dtype is not None
                 types[leaf] = (leaf.dtype, 2)
         try:
-            return open_cone(self.model, piece, types)
+            return prepare(self.model, piece, types).open()
         except Exception as error:
             names = ", ".join(str(value.name) for value in values)
             raise ObservationError(f"onnxruntime can't open the cone of {names}: {_first_line(error)}", probe=probe) from error
