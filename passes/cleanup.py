@@ -8,6 +8,7 @@ from time import perf_counter
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from .extract import subgraphs
 from .normalize import graph_size
 from .outcome import Outcome, PassResult
 
@@ -51,19 +52,25 @@ class Cleanup(ir.passes.InPlacePass):
 def _rename(graph: ir.Graph) -> bool:
     """Gives the names of rule 3; True where one was another."""
     kept = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
-    kept |= {value.name for node in graph for inner in node.subgraphs() for value in _inner_values(inner)}
+    kept |= {value.name for node in graph for inner in subgraphs(node) for value in _inner_values(inner)}
     outputs, counts, changed = set(graph.outputs), Counter[str](), False
     for node in graph:
-        while (name := f"{node.op_type}_{counts[node.op_type]}") in kept:
-            counts[node.op_type] += 1
-        counts[node.op_type] += 1
-        changed |= node.name != name
-        node.name = name
-        for index, value in enumerate(node.outputs):
-            new = name if index == 0 else f"{name}.{index}"
+        names = _names(node, counts)
+        while not kept.isdisjoint(names):
+            names = _names(node, counts)
+        changed |= node.name != names[0]
+        node.name = names[0]
+        for value, new in zip(node.outputs, names):
             if value not in outputs and value.name and value.name != new:
                 value.name, changed = new, True
     return changed
+
+
+def _names(node: ir.Node, counts: Counter[str]) -> list[str]:
+    """The next names for a node of this op type and its outputs."""
+    name = f"{node.op_type}_{counts[node.op_type]}"
+    counts[node.op_type] += 1
+    return [name, *(f"{name}.{index}" for index in range(1, len(node.outputs)))]
 
 
 def _inner_values(graph: ir.Graph) -> list[ir.Value]:
@@ -71,6 +78,6 @@ def _inner_values(graph: ir.Graph) -> list[ir.Value]:
     values = [*graph.inputs, *graph.initializers.values()]
     for node in graph:
         values += node.outputs
-        for inner in node.subgraphs():
+        for inner in subgraphs(node):
             values += _inner_values(inner)
     return values

@@ -36,15 +36,20 @@ def captured(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from (value for value in graph.outputs if value not in inner)
 
 
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """Bodies and branches of an If, Loop or Scan."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """All values that `node` depends on: its inputs, and what its subgraphs capture."""
     yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from captured(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from captured(graph)
+    for graph in subgraphs(node):
+        yield from captured(graph)
 
 
 @dataclass(frozen=True)
