@@ -6,9 +6,12 @@ Everything about a site is named here, used by every lowering, or a reason to re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from .rotary import Rotation
 
 MaskKind = Literal["causal", "window", "bidirectional"]
 
@@ -27,10 +30,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A rotary embedding recognised on q and k. `cos`/`sin` are the graph's own values (per token, r/2 wide), whose cone is later read into a table."""
+    """A rotary embedding recognised on q and k: how each is turned, and the values that come out (`read_tables` gives the angles)."""
 
-    cos: ir.Value
-    sin: ir.Value
+    query: Rotation
+    key: Rotation
     width: int
     interleaved: bool
 
@@ -49,10 +52,13 @@ class Cache:
 class AttentionSite:
     """One attention: softmax(softcap(scale · q·kᵀ) + mask) · v.
 
-    query, key, value   this step's tokens, before the cache and before any repetition of KV heads; [B, heads, S, D] or [B, S, heads·D]
-                        as `layout` says. With `rotary` they are the values before it was applied.
-    output              the value to replace: [B, H, S, E] (BHSD) or [B, S, H·E] (BSH) as `output_layout` says.
-    nodes               what computes the site (for reports and for removal by dead-code elimination).
+    query, key, value   this step's tokens, before the cache and before any repetition of KV heads, each in its own layout: "BHSD" is
+                        [B, heads, S, D], "BSH" any shape whose elements lie in the order (B, S, heads, D). With `rotary`, query and key
+                        are the values before it was applied.
+    turned_query/_key   the same two after `rotary`; equal to query and key without one.
+    output              the value to replace, [B, H, S, E] or in the order (B, S, H, E) as `output_layout` says.
+    scale               the factor on q·k, always explicit.
+    nodes               what computes the site (for reports; dead-code elimination removes them).
     """
 
     name: str
@@ -60,8 +66,14 @@ class AttentionSite:
     key: ir.Value
     value: ir.Value
     output: ir.Value
-    layout: Literal["BHSD", "BSH"]
+    query_layout: Literal["BHSD", "BSH"]
+    key_layout: Literal["BHSD", "BSH"]
+    value_layout: Literal["BHSD", "BSH"]
     output_layout: Literal["BHSD", "BSH"]
+    turned_query: ir.Value
+    turned_key: ir.Value
+    turned_query_layout: Literal["BHSD", "BSH"]
+    turned_key_layout: Literal["BHSD", "BSH"]
     num_heads: int
     kv_heads: int
     head_size: int

@@ -1,0 +1,164 @@
+"""Rotary embeddings: recognised by what they do to unit vectors, and read into tables by position.
+
+A rotation turns pairs of a head's first r elements by an angle that depends on the position: pairs (i, i + r/2), or (2i, 2i+1) if interleaved.
+Whether the graph writes it as one op, as x·cos + rotate_half(x)·sin or over split halves does not matter: the chain is run on vectors that
+have a one in the first of each pair, which answer with the cosine there and the sine in the second, exactly as the graph computes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ..observe import Observation, ObservationError, Probe
+from ..outcome import Refusal
+from .chain import LINEAR, Chain, rotate
+from .laboratory import BHSD, BSH, Array, Laboratory, heads_first, laid_out
+
+# One unit in the last place of a float32 near 1: onnxruntime's vectorized sine and its scalar tail differ by that much.
+_ULP = 1.2e-7
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`chain` turns its one leaf ([B, heads, S, head_size] in `layout_in`) into its target (`layout_out`)."""
+
+    chain: Chain
+    layout_in: Literal["BHSD", "BSH"]
+    layout_out: Literal["BHSD", "BSH"]
+    heads: int
+    head_size: int
+    width: int
+    interleaved: bool
+
+    def read_in(self, array: Array, probe: Probe) -> Array:
+        """The leaf's array as [B, heads, S, head_size]."""
+        return heads_first(array, self.layout_in, probe.batch, self.heads, self.head_size)
+
+
+def find_rotation(lab: Laboratory, rotated: ir.Value, layout: str, heads: int, size: int) -> Rotation | None:
+    """The rotation that ends in `rotated`, from the nearest value that it turns; None where there is none."""
+    for computed, chain in lab.graph.walk(rotated, LINEAR):
+        if len(computed) != 1 or chain.leaves != computed or not chain.nodes:
+            continue
+        for layout_in in (BSH, BHSD):
+            found = _recognise(lab, chain, layout_in, layout, heads, size)
+            if found is not None:
+                return found
+    return None
+
+
+def _recognise(lab: Laboratory, chain: Chain, layout_in: str, layout_out: str, heads: int, size: int) -> Rotation | None:
+    probe = lab.probes[0]
+    first = _respond(lab, chain, layout_in, layout_out, heads, size, probe, np.arange(size) == 0)
+    if first is None:
+        return None
+    reached = np.flatnonzero(np.any(first != 0, axis=(0, 1, 2)))
+    if len(reached) != 2 or reached[0] != 0:
+        return None
+    partner = int(reached[1])
+    forms = [(2 * partner, False)]
+    if partner == 1:
+        even = _respond(lab, chain, layout_in, layout_out, heads, size, probe, np.arange(size) % 2 == 0)
+        assert even is not None
+        forms.insert(0, (int(np.flatnonzero(np.any(even[..., 1::2] != 0, axis=(0, 1, 2)))[-1]) * 2 + 2, True))
+    for width, interleaved in forms:
+        rotation = Rotation(chain, layout_in, layout_out, heads, size, width, interleaved)  # type: ignore[arg-type]
+        if width <= size and all(_turns(lab, rotation, probe) for probe in lab.probes):
+            return rotation
+    return None
+
+
+def _respond(
+    lab: Laboratory, chain: Chain, layout_in: str, layout_out: str, heads: int, size: int, probe: Probe, head: Array,
+) -> Array | None:
+    """What the chain makes of `head` (one head's vector, or an array [B, heads, S, D]) in every place."""
+    shape = lab.shape(chain.leaves[0], probe)
+    full = (probe.batch, heads, probe.length, size)
+    if shape is None or int(np.prod(shape)) != int(np.prod(full)):
+        return None
+    out = lab.run(chain, [laid_out(np.broadcast_to(head, full).astype(np.float32), layout_in, shape)], probe)
+    return None if out is None or out.size != int(np.prod(full)) else heads_first(out, layout_out, probe.batch, heads, size)
+
+
+def _pairs(size: int, width: int, interleaved: bool) -> tuple[slice, slice]:
+    return (slice(0, width, 2), slice(1, width, 2)) if interleaved else (slice(0, width // 2), slice(width // 2, width))
+
+
+def _angles(lab: Laboratory, rotation: Rotation, probe: Probe) -> tuple[Array, Array] | None:
+    """cos and sin [B, S, r/2] at a probe, as the graph has them for the first head."""
+    first, second = _pairs(rotation.head_size, rotation.width, rotation.interleaved)
+    head = np.zeros(rotation.head_size, np.float32)
+    head[first] = 1
+    out = _respond(lab, rotation.chain, rotation.layout_in, rotation.layout_out, rotation.heads, rotation.head_size, probe, head)
+    return None if out is None else (out[:, 0, :, first], out[:, 0, :, second])
+
+
+def _turns(lab: Laboratory, rotation: Rotation, probe: Probe) -> bool:
+    """Whether the chain turns random vectors as its angles say, every head alike and nothing else touched."""
+    angles = _angles(lab, rotation, probe)
+    vectors = np.random.default_rng(0).standard_normal((probe.batch, rotation.heads, probe.length, rotation.head_size)).astype(np.float32)
+    out = _respond(lab, rotation.chain, rotation.layout_in, rotation.layout_out, rotation.heads, rotation.head_size, probe, vectors)
+    if angles is None or out is None:
+        return False
+    cos, sin = (angle[:, None] for angle in angles)
+    expected = rotate(vectors, cos, sin, rotation.interleaved)
+    return bool(np.max(np.abs(out - expected)) <= 1e-5 * max(1.0, float(np.max(np.abs(expected)))))
+
+
+def read_tables(lab: Laboratory, rotation: Rotation, max_context: int, where: str) -> tuple[Array, Array] | Refusal:
+    """cos and sin [max_context, r/2] float32 by position, the graph's own values; refused where they are not a function of position alone.
+
+    All positions are read in one probe from 0; a few tokens over a long and a short past, other lengths and, where the graph takes
+    them, positions out of order must then give the rows of that table.
+    """
+    try:
+        whole = _angles(lab, rotation, Probe(1, max_context, 0))
+        if whole is None:
+            return Refusal("the rotary tables can't be evaluated", where, f"rotary: expected angles for {max_context} positions")
+        cos, sin = (np.ascontiguousarray(angle[0], dtype=np.float32) for angle in whole)
+        for probe in _other_probes(lab.observation, max_context):
+            angles = _angles(lab, rotation, probe)
+            at = np.tile(np.arange(probe.past, probe.past + probe.length), (probe.batch, 1)) if probe.position_ids is None else probe.position_ids
+            tolerance = _ULP * max(1.0, float(np.max(np.abs(cos))))
+            if angles is None or np.max(np.abs(angles[0] - cos[at])) > tolerance or np.max(np.abs(angles[1] - sin[at])) > tolerance:
+                return Refusal(
+                    "the rotary angles depend on more than the position", where,
+                    f"rotary: at {probe} expected the angles of one sequence of {max_context} tokens, found others",
+                )
+    except ObservationError as error:
+        return Refusal("the rotary tables can't be evaluated", where, str(error))
+    return cos, sin
+
+
+def _other_probes(observation: Observation, max_context: int) -> list[Probe]:
+    several = 2 if observation.batched else 1
+    short = min(5, max_context)
+    probes = [Probe(several, short, 0), Probe(1, 1, 0), Probe(1, max(1, max_context // 2), 0)]
+    if observation.cached and max_context > 16:
+        probes += [Probe(1, 2, max_context - 2), Probe(several, 3, 7), Probe(1, 1, max_context // 2)]
+    if observation.interface.input("position_ids") is not None and max_context >= 8:
+        order = np.array([[3, 0, min(7, max_context - 1), max_context - 1, 1]])
+        probes.append(Probe(1, 5, 0, position_ids=order))
+    return probes
+
+
+def context_bound(observation: Observation) -> tuple[int, str] | None:
+    """The smallest number of rows among the graph's tables by position (learned positions, rotary caches), and the table's name."""
+    bounds: list[tuple[int, str]] = []
+    for node in observation.model.graph:
+        if node.op_type == "Gather" and len(node.inputs) == 2:
+            table, index = node.inputs
+        elif node.op_type == "RotaryEmbedding" and len(node.inputs) > 3:
+            table, index = (node.inputs[1], node.inputs[3]) if node.domain == "" else (node.inputs[2], node.inputs[1])
+        else:
+            continue
+        if table is None or index is None or observation.kind(table) != "constant" or observation.kind(index) != "structural":
+            continue
+        dims = observation.dims(table)
+        if dims is not None and len(dims) == 2 and not dims[0].letters and node.attributes.get_int("axis", 0) == 0:
+            bounds.append((dims[0].factor, str(table.name)))
+    return min(bounds, default=None)
