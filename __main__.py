@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -255,6 +256,9 @@ def doctor(as_json: Json = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with a code of the table. `OCTAVO_TRACEBACK=1` shows where an error came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")    # a terminal that can't show a character gets a question mark
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -263,23 +267,23 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         code = app(args=list(arguments), prog_name="octavo", standalone_mode=False)
-        return code if isinstance(code, int) else FINE
     except OctavoError as error:
         return _fail(error, error.exit_code, error.message, error.hint, as_json)
     except TyperException as error:
         return _fail(error, BAD_INPUT, error.format_message(), "octavo COMMAND -h shows what it takes", as_json)
-    except BrokenPipeError:
-        # The reader of our output has left, which is no error; what is buffered must not be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        # How typer leaves when the reader of our output has gone, which is no error of anybody's.
         return FINE
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except typer.Abort:
+        code = INTERRUPTED
     except OSError as error:
         return _fail(error, BAD_INPUT, str(error), "", as_json)
     except Exception as error:
         hint = "this is a fault of Octavo's: OCTAVO_TRACEBACK=1 shows where"
         return _fail(error, INTERNAL, f"{type(error).__name__}: {error}", hint, as_json)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else FINE
 
 
 def _fail(error: BaseException, code: int, message: str, hint: str, as_json: bool) -> int:
