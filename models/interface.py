@@ -35,7 +35,9 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class GraphPort:
-    """A graph input or output. `shape` holds ints and symbol names (None: unknown), `dtype` is a NumPy name ("float32", "int64", "bool").
+    """A graph input or output.
+
+    `shape` holds ints and symbol names (None: unknown); `dtype` is a NumPy name ("float32", "int64", "bool").
     """
 
     name: str
