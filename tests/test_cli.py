@@ -108,9 +108,10 @@ def test_generate_streams_what_the_model_generates(octavo_cli):
     params = octavo.SamplingParams(max_tokens=8, temperature=0)
     with octavo.load("art") as model:
         expected = [result.text for result in model.generate(["Once upon", "In the"], params)]
-    code, out, _ = octavo_cli("generate", "art", "--prompt", "Once upon", "--max-tokens", 8, "--temperature", 0)
+    sampling = ("--max-tokens", 8, "--temperature", 0)
+    code, out, _ = octavo_cli("generate", "art", "--prompt", "Once upon", *sampling)
     assert code == 0 and out == expected[0] + "\n"
-    code, out, _ = octavo_cli("generate", "art", "--prompt", "Once upon", "--prompt", "In the", "--max-tokens", 8, "--temperature", 0, "--json")
+    code, out, _ = octavo_cli("generate", "art", "--prompt", "Once upon", "--prompt", "In the", *sampling, "--json")
     assert code == 0 and [c["text"] for c in json.loads(out)["completions"]] == expected
 
 
@@ -192,7 +193,7 @@ def test_version_and_help(octavo_cli):
     ["generate", "art", "--prompt", "x", "--temperature", "-1"], ["generate", "art", "--prompt", "x", "--memory", "lots"],
 ], ids=" ".join)
 def test_bad_usage_exits_with_3(octavo_cli, workplace, arguments):
-    code, out, err = octavo_cli(*arguments)
+    code, _, err = octavo_cli(*arguments)
     assert code == 3 and err.startswith("octavo: ") and "Traceback" not in err
     assert not (workplace / "x").exists()
 
@@ -338,7 +339,7 @@ BAD_MODELS = [
 def test_bad_models(octavo_cli, tmp_path, command, bad):
     path = bad(tmp_path / "bad")
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = octavo_cli(*(a.format(path, out=tmp_path / "out") for a in command))
+    code, _, err = octavo_cli(*(a.format(path, out=tmp_path / "out") for a in command))
     assert code == 3, err
     assert "Traceback" not in err and re.search(r"^octavo: .+\n  \S", err, re.MULTILINE), err
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written stays"
