@@ -1,0 +1,77 @@
+"""How a model runs: threads, memory, block size, batching. Nothing here changes what a model computes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from ..custom_ops.contract import BLOCK_SIZES
+from ..errors import OptionError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Options of `octavo.load`.
+
+    threads: 1 … 1024 threads of onnxruntime's pool; None: as many as the CPUs that this process may use.
+    memory: what model files and caches may take together: bytes, or text such as "2GiB" or "800 MB"; None: see `runtime/kv/budget.py`.
+        Acts on `paged` models, whose cache is one pool; the other kinds allocate as their sequences grow.
+    block_size: 16, 32, 64, 128 or 256 token slots of a cache block. Small blocks waste less at a sequence's end, large ones need shorter
+        tables. Acts on `paged` models.
+    batching: True computes several sequences in one step where the kind can; False always one, first come, first served.
+    optimize_graph: False runs the graph node by node as it stands, without onnxruntime's fusions: to compare with, not to serve with.
+    """
+
+    threads: int | None = None
+    memory: int | str | None = None
+    block_size: int = 32
+    batching: bool = True
+    optimize_graph: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not (_is_int(self.threads) and 1 <= self.threads <= MAX_THREADS):
+            raise OptionError(f"threads={self.threads!r} is not in 1 … {MAX_THREADS}", hint="leave it out to use every CPU of this process")
+        if self.block_size not in BLOCK_SIZES or not _is_int(self.block_size):
+            raise OptionError(f"block_size={self.block_size!r} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+        for name in ("batching", "optimize_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        if self.memory is not None:
+            parse_size(self.memory)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else parse_size(self.memory)
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads if self.threads is not None else min(cpus(), MAX_THREADS)
+
+
+def cpus() -> int:
+    """CPUs that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes of `value`: a positive int, or a number with a unit (B, kB, MB, GB, TB: powers of 1000; KiB, MiB, GiB, TiB: of 1024)."""
+    hint = 'write bytes as an int, or text such as "2GiB" or "800 MB"'
+    if _is_int(value):
+        size = int(value)
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)) and match[2].upper() in _UNITS:
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:
+        raise OptionError(f"memory={value!r} is not a size", hint=hint)
+    if size <= 0 or size >= 2**60:
+        raise OptionError(f"memory={value!r} is not a positive size below 2^60 bytes", hint=hint)
+    return size
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,207 @@
+"""The engine: schedule → execute → sample → commit → emit, one step at a time, by whichever thread wants something done.
+
+There is no engine thread. A thread that waits for its request takes the turn, runs one step for everybody, and passes the turn on: so many
+threads' sequences share steps, and a program with one thread has no other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from ..errors import CapacityError, OctavoError, StepError
+from .decisions import DecisionLog
+from .executor import Executor, Rows
+from .plan import SequenceState, Slice, StepPlan
+from .request import AppendRequest, GenerateRequest, Request
+from .scheduler import Schedule, Scheduler
+
+
+class Turn:
+    """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._held = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        try:
+            gate.acquire()      # opened by the one before, who leaves the turn held for us
+        except BaseException:
+            with self._mutex:
+                waited = gate in self._waiting
+                if waited:
+                    self._waiting.remove(gate)
+            if not waited:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+
+class Engine:
+    """One per model. Everything that touches the executor or the scheduler happens under `turn`."""
+
+    def __init__(self, executor: Executor, decisions: DecisionLog) -> None:
+        self.turn = Turn()
+        self.executor = executor
+        self.counters: Counter[str] = Counter()
+        self._decisions = decisions
+        self._scheduler: Scheduler[Request] = Scheduler(executor.limits, executor)
+        # Filled by finalizers, which may run anywhere, even in the middle of a step; emptied by the next step.
+        self._dropped: deque[Callable[[], None]] = deque()
+
+    def run(self, requests: Sequence[Request], until: Callable[[], bool] | None = None) -> None:
+        """Steps until all `requests` are done, or `until` says so. An interrupt cancels them."""
+        ready = until or (lambda: all(request.done for request in requests))
+        try:
+            while not ready():
+                with self.turn:
+                    if not ready():
+                        self._step()
+        except BaseException:
+            with self.turn:
+                self.cancel(requests)
+            raise
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Under the turn. Queues requests; an append for which there is no room now raises CapacityError, and none is queued."""
+        requests = list(requests)
+        self.collect_dropped()
+        for at, request in enumerate(requests):
+            if not request.preemptable and not self._scheduler.make_room(request, len(request.sequence.tokens)):
+                for earlier in requests[:at]:
+                    self.executor.unreserve(earlier.sequence)
+                raise CapacityError(self._no_room(request), hint="close sequences, or load the model with more memory=")
+        for request in requests:
+            self._scheduler.add(request, admitted=not request.preemptable)
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """Under the turn. Ends requests that nobody waits for any more; an append leaves its sequence as it was."""
+        for request in requests:
+            if not request.done:
+                request.done = True
+                self._retire(request, undo=True)
+
+    def drop(self, action: Callable[[], None]) -> None:
+        """From a finalizer: `action` runs under the turn, with the next step at the latest."""
+        self._dropped.append(action)
+
+    def collect_dropped(self) -> None:
+        """Under the turn."""
+        while self._dropped:
+            self._dropped.popleft()()
+
+    def stats(self) -> dict[str, int]:
+        """Under the turn."""
+        self.collect_dropped()
+        return {
+            **self.executor.stats(), "steps": self.counters["steps"], "tokens": self.counters["tokens"], "forks": self.counters["forks"],
+            "failed_steps": self.counters["failed_steps"], "preemptions": self._scheduler.num_preemptions,
+            "requests_waiting": self._scheduler.num_waiting, "requests_running": self._scheduler.num_running,
+        }
+
+    def check(self) -> None:
+        """Under the turn. The invariants of scheduler and executor."""
+        self._scheduler.check()
+        self.executor.check()
+
+    def _step(self) -> None:
+        self.collect_dropped()
+        schedule = self._scheduler.schedule()
+        for request in schedule.starved:
+            self._fail(request, CapacityError(self._no_room(request), hint="close sequences, or load the model with more memory="))
+        for request, part, outcome in self._execute(schedule):
+            if isinstance(outcome, OctavoError):
+                self._fail(request, outcome)
+            else:
+                self._accept(request, part, outcome)
+
+    def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Rows | OctavoError]]:
+        """Each request with its logits, or with what went wrong. A step of several that fails is done again one by one: only the culprit ends."""
+        plan = schedule.plan
+        if not plan.slices:
+            return
+        try:
+            outcomes: Sequence[Rows | OctavoError] = self.executor.execute(plan)
+            self.counters.update(steps=1, tokens=plan.num_tokens)
+        except OctavoError as error:
+            self._record(error, plan)
+            if len(plan.slices) > 1:
+                for request, part in zip(schedule.requests, plan.slices):
+                    yield from self._execute(Schedule((request,), StepPlan((part,)), ()))
+                return
+            outcomes = [error]
+        yield from zip(schedule.requests, plan.slices, outcomes)
+
+    def _accept(self, request: Request, part: Slice, rows: Rows) -> None:
+        """Samples and emits; ends what is done."""
+        if isinstance(request, GenerateRequest) and request.num_pending == 0:
+            for index in range(1, request.forks_wanted + 1):
+                fork = request.fork(self.fork(request.sequence), index)
+                request.generation.requests.append(fork)
+                self._scheduler.add(fork, admitted=True)
+                self._take(fork, part, rows)
+        self._take(request, part, rows)
+
+    def _take(self, request: Request, part: Slice, rows: Rows) -> None:
+        try:
+            request.accept(part, rows)
+        except ValueError as error:     # logits that nothing can be drawn from
+            failure = StepError(str(error))
+            self._record(failure, StepPlan((part,)))
+            self._fail(request, failure)
+        if request.done:
+            self._retire(request)
+
+    def fork(self, sequence: SequenceState) -> SequenceState:
+        """Under the turn."""
+        self.counters.update(forks=1)
+        return self.executor.fork(sequence)
+
+    def close(self, sequence: SequenceState) -> None:
+        """Under the turn. Frees a sequence; twice is fine."""
+        if sequence.cache is not None:
+            self.executor.close(sequence)
+            sequence.cache = None
+
+    def _fail(self, request: Request, error: OctavoError) -> None:
+        request.fail(error)
+        self._retire(request, undo=True)
+
+    def _retire(self, request: Request, *, undo: bool = False) -> None:
+        self._scheduler.remove(request)
+        if request.sequence.cache is None:
+            return      # its sequence was dropped together with it
+        if isinstance(request, GenerateRequest) and request.generation.owns_sequence:
+            self.close(request.sequence)
+            return
+        self.executor.unreserve(request.sequence)
+        if undo and isinstance(request, AppendRequest):
+            self.executor.truncate(request.sequence, request.length_before)
+            del request.sequence.tokens[request.length_before :]
+
+    def _record(self, error: OctavoError, plan: StepPlan) -> None:
+        self.counters.update(failed_steps=1)
+        self._decisions.run("step", "failed", str(error), where=f"{len(plan.slices)} sequences" if len(plan.slices) > 1 else "")
+
+    def _no_room(self, request: Request) -> str:
+        stats = self.executor.stats()
+        return (
+            f"no room to grow a sequence from {request.sequence.num_cached} to {len(request.sequence.tokens)} tokens: "
+            f"{stats['blocks_free'] - stats['blocks_reserved']} of {stats['blocks_total']} blocks can be had, other sequences hold the rest"
+        )

@@ -1,0 +1,79 @@
+"""What runs a plan: the protocol that every kind of decoder fulfils, and the turning of a runtime's failure into ours."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import OctavoError, StepError
+from .plan import Limits, SequenceState, StepPlan
+
+Rows = NDArray[np.float32]
+
+# Sequences of one step. Enough to turn decoding from memory-bound to compute-bound on the CPUs this is for.
+MAX_SEQUENCES = 32
+# Tokens of one step: long enough that a prefill runs at full speed, short enough that a stream beside it is not held up for long.
+MAX_STEP_TOKENS = 512
+
+
+class Executor(Protocol):
+    """Owns the caches of all sequences of a model, and the onnxruntime session that fills them. Used by one thread at a time.
+
+    `vocab_size` is V; `max_context` the longest sequence the graph can express (None: unknown); `max_cached` the most tokens of one sequence
+    that the cache can ever hold (None: no limit of its own).
+    """
+
+    limits: Limits
+    vocab_size: int
+    max_context: int | None
+    max_cached: int | None
+
+    def open(self) -> SequenceState:
+        """A new, empty sequence."""
+        ...
+
+    def fork(self, sequence: SequenceState) -> SequenceState:
+        """A second sequence with the same tokens, sharing what is cached."""
+        ...
+
+    def truncate(self, sequence: SequenceState, length: int) -> None:
+        """Keeps at most the first `length` tokens cached. Tokens are the caller's."""
+        ...
+
+    def close(self, sequence: SequenceState) -> None:
+        """Frees all that the sequence holds."""
+        ...
+
+    def reserve(self, sequence: SequenceState, stop: int) -> bool:
+        """Promises the memory for caching up to `stop` tokens, in place of an earlier promise; False, and no promise, where there is none."""
+        ...
+
+    def unreserve(self, sequence: SequenceState) -> None: ...
+
+    def execute(self, plan: StepPlan) -> list[Rows]:
+        """Runs the plan and returns each slice's rows of logits, (num_rows, V), valid until the next call.
+
+        All or nothing: it commits (`num_cached` of each sequence is its slice's stop), or raises with every cache as it was before.
+        Raises StepError for a kernel or an allocation that failed, CapacityError where no block was left.
+        """
+        ...
+
+    def stats(self) -> dict[str, int]: ...
+
+    def check(self) -> None:
+        """The invariants of what it holds."""
+        ...
+
+
+def step_error(error: Exception) -> Exception:
+    """What a failed run is raised as: our own errors and broken invariants as they are, all else as a StepError."""
+    if isinstance(error, OctavoError | AssertionError):
+        return error
+    return StepError(f"a step failed: {type(error).__name__}: {str(error).strip()}", hint="it was rolled back; model.decisions has the record")
+
+
+def as_logits(value: Any) -> Rows:
+    """A graph's logits as float32, copied only where they are of another type."""
+    return np.asarray(value, dtype=np.float32)

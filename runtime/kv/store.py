@@ -1,0 +1,49 @@
+"""The arrays behind the blocks: one key and one value cache per cache layer, bound as graph inputs that the kernels write in place.
+
+`kv.{i}.key` is (N, G, D, P) and `kv.{i}.value` (N, G, P, E), in the type of the layer's cache format (custom_ops/contract.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ...custom_ops.contract import CACHE_FORMATS
+from ...models.spec import ModelSpec
+from .tables import Copy
+
+
+class BlockStore:
+    """Caches of N blocks for every layer of `spec`, zeroed; the operating system gives pages when they are first written."""
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int) -> None:
+        self.keys: list[NDArray[np.generic]] = []
+        self.values: list[NDArray[np.generic]] = []
+        for layer in spec.cache_layers:
+            cache = CACHE_FORMATS[layer.cache]
+            dtype = np.dtype(cache.dtype)
+            self.keys.append(np.zeros(cache.key_shape(num_blocks, layer.kv_heads, layer.head_size, block_size), dtype))
+            self.values.append(np.zeros(cache.value_shape(num_blocks, layer.kv_heads, layer.value_size, block_size), dtype))
+        self._layers_of = [[i for i, layer in enumerate(spec.cache_layers) if layer.group == g] for g in range(len(spec.cache_groups))]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.keys, *self.values))
+
+    def ort_values(self) -> dict[str, ort.OrtValue]:
+        """Graph input name → OrtValue over the very memory of the cache."""
+        values = {}
+        for i, (key, value) in enumerate(zip(self.keys, self.values)):
+            values[f"kv.{i}.key"] = ort.OrtValue.ortvalue_from_numpy(key)
+            values[f"kv.{i}.value"] = ort.OrtValue.ortvalue_from_numpy(value)
+        return values
+
+    def copy(self, copies: Iterable[Copy]) -> None:
+        """Whole blocks, over all layers of their group."""
+        for copy in copies:
+            for layer in self._layers_of[copy.group]:
+                self.keys[layer][copy.target] = self.keys[layer][copy.source]
+                self.values[layer][copy.target] = self.values[layer][copy.source]

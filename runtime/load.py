@@ -1,0 +1,135 @@
+"""From a path to a Model: an artifact's folder, or an `.onnx` as it stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import LibraryError, ModelError, OptionError
+from ..models.artifact import GRAPH, WEIGHTS, Artifact, Manifest
+from ..models.external_data import check_external_paths, model_file, source_sha256
+from ..models.interface import GraphInterface
+from .config import RuntimeOptions
+from .contiguous import ContiguousExecutor, why_not_a_decoder
+from .decisions import DecisionLog
+from .executor import Executor
+from .kv.budget import free_memory, plan_blocks
+from .model import Model, default_params, file_bytes
+from .ort_session import open_session, session_interface
+from .paged import PagedExecutor
+from .sampling import SamplingParams
+from .text import Tokenizer, read_json
+
+# The names under which model families give the length of their position table.
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None, source: str | os.PathLike[str] | None = None) -> Model:
+    """Opens a compiled artifact (a folder), or an `.onnx` as it stands (kind "baseline"; nothing is written).
+
+    source: the `.onnx` that the artifact was compiled from, run as "baseline" where the op library can't be loaded; its hash must be the
+    manifest's. Raises ArtifactError, ModelError, UnsafePathError, LibraryError, CapacityError (memory= holds no cache), OptionError.
+    """
+    options = RuntimeOptions() if options is None else options
+    if not isinstance(options, RuntimeOptions):
+        raise OptionError(f"options is a {type(options).__name__}, not RuntimeOptions")
+    path = Path(path)
+    if not path.is_dir() and path.exists():
+        if source is not None:
+            raise OptionError("source= goes with an artifact", hint="an .onnx is loaded as it stands")
+        return _load_graph(path, options, DecisionLog(), tokenizer_folder=path.parent)
+    artifact = Artifact.open(path)
+    try:
+        return _load_artifact(artifact, options)
+    except LibraryError as error:
+        if source is None:
+            raise LibraryError(error.message, hint=f'{error.hint or "see octavo doctor"}; load(…, source="model.onnx") runs the source instead') from error
+        return _load_source(artifact, Path(source), options, error)
+
+
+def _load_artifact(artifact: Artifact, options: RuntimeOptions) -> Model:
+    manifest, log = artifact.manifest, DecisionLog(artifact.manifest.decisions)
+    # A contiguous or baseline graph has onnxruntime's ops only (DESIGN: stock GroupQueryAttention, or the graph's own).
+    session = open_session(artifact.graph, options, op_library=manifest.kind in ("paged", "stateless"))
+    _record_threads(log, options)
+    model_bytes = file_bytes(artifact.graph, artifact.folder / WEIGHTS)
+    executor: Executor | str
+    if manifest.kind == "paged":
+        executor = _paged(manifest, session, options, log, model_bytes)
+    else:
+        bound = None if manifest.spec is None else manifest.spec.max_context
+        executor = _contiguous(manifest.interface, session, options, log, bound or _context_bound(artifact.folder, log))
+    return _model(manifest.kind, session, manifest.interface, executor, log, artifact.folder, model_bytes)
+
+
+def _load_graph(path: Path, options: RuntimeOptions, log: DecisionLog, *, tokenizer_folder: Path) -> Model:
+    model_file(path)
+    data = check_external_paths(path)
+    session = open_session(path, options, op_library=False)
+    _record_threads(log, options)
+    log.load("kind", "baseline", "a graph that was not compiled runs as it stands", where=path.name)
+    interface = session_interface(session)
+    executor = _contiguous(interface, session, options, log, _context_bound(tokenizer_folder, log))
+    return _model("baseline", session, interface, executor, log, tokenizer_folder, file_bytes(path, *data))
+
+
+def _load_source(artifact: Artifact, source: Path, options: RuntimeOptions, error: LibraryError) -> Model:
+    recorded = artifact.manifest.source
+    if source_sha256(source) != recorded.sha256:
+        raise ModelError(f"{source} is not the {recorded.name} that {artifact.folder} was compiled from: its sha256 differs") from error
+    log = DecisionLog(artifact.manifest.decisions)
+    log.load("op library", "not loaded", error.message, where=GRAPH)
+    return _load_graph(source, options, log, tokenizer_folder=artifact.folder)
+
+
+def _paged(manifest: Manifest, session: Any, options: RuntimeOptions, log: DecisionLog, model_bytes: int) -> Executor:
+    assert manifest.spec is not None, "a paged artifact has a spec"
+    budget = plan_blocks(
+        manifest.spec, options.block_size, memory=options.memory_bytes, model_bytes=model_bytes, free_memory=free_memory(),
+    )
+    log.load("memory", f"{budget.num_blocks} blocks, {budget.cache_bytes:,} bytes of cache", budget.reason)
+    log.load("batching", "on" if options.batching else "off", "batching=True" if options.batching else "batching=False was asked for")
+    return PagedExecutor(session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, batching=options.batching)
+
+
+def _contiguous(interface: GraphInterface, session: Any, options: RuntimeOptions, log: DecisionLog, max_context: int | None) -> Executor | str:
+    if why := why_not_a_decoder(interface):
+        log.load("decoder", "off", f"run() only: {why}")
+        return why
+    executor = ContiguousExecutor(session, interface, max_context=max_context)
+    if options.memory is not None:
+        log.load("memory", "no pool", "the cache of this kind grows with each sequence; memory= bounds paged models")
+    log.load("batching", "off", "this kind computes one sequence a step")
+    if not executor.has_cache:
+        log.load("kv_cache", "off", "the graph has no past: every step computes the sequence from its tokens")
+    return executor
+
+
+def _model(kind: Any, session: Any, interface: GraphInterface, executor: Executor | str, log: DecisionLog, folder: Path, model_bytes: int) -> Model:
+    config = read_json(folder / "generation_config.json")
+    params = SamplingParams()
+    try:
+        params = default_params(config)
+        if params != SamplingParams():
+            log.load("sampling defaults", "generation_config.json", "used where no SamplingParams are given", where="generation_config.json")
+    except OptionError as error:
+        log.load("sampling defaults", "standard", f"generation_config.json is out of range: {error}", where="generation_config.json")
+    return Model(
+        kind, session, interface, executor, decisions=log, tokenizer=Tokenizer.open(folder), default_params=params, model_bytes=model_bytes,
+    )
+
+
+def _context_bound(folder: Path, log: DecisionLog) -> int | None:
+    """The longest sequence by the config.json beside a graph; None, recorded, where it says nothing."""
+    config = read_json(folder / "config.json")
+    found = [config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int) and config[key] > 0]
+    if not found:
+        log.load("max_context", "unknown", "no config.json beside the graph tells it; generate needs max_tokens")
+        return None
+    log.load("max_context", str(found[0]), "config.json beside the graph", where="config.json")
+    return int(found[0])
+
+
+def _record_threads(log: DecisionLog, options: RuntimeOptions) -> None:
+    log.load("threads", str(options.num_threads), "threads= was given" if options.threads is not None else "the CPUs that this process may use")

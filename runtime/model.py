@@ -1,0 +1,223 @@
+"""A loaded model: what users hold. It turns what they give into requests, and hands the engine's answers back."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..errors import CapacityError, OptionError, RequestError, UnsupportedError
+from ..models.decision import Decision
+from ..models.interface import GraphInterface
+from ..models.runner import Ids
+from ..models.spec import Kind
+from .decisions import DecisionLog
+from .engine import Engine
+from .executor import Executor, step_error
+from .plan import SequenceState
+from .prompt import as_prompts, check_ids, encode_prompt
+from .request import GenerateRequest, Generation
+from .results import Result
+from .sampling import SamplingParams
+from .session import Session, append, check_length
+from .stream import PieceStream
+from .text import TextStream, Tokenizer
+
+
+class Model:
+    """Made by `octavo.load`. Safe from several threads. `tokenizer` is None where no tokenizer.json lies beside the model."""
+
+    def __init__(
+        self, kind: Kind, session: ort.InferenceSession, interface: GraphInterface, executor: Executor | str, *, decisions: DecisionLog,
+        tokenizer: Tokenizer | None, default_params: SamplingParams, model_bytes: int,
+    ) -> None:
+        """`executor` is a text where the graph is no decoder: the reason."""
+        self._kind, self._session, self._interface = kind, session, interface
+        self._decisions, self._model_bytes = decisions, model_bytes
+        self._engine = None if isinstance(executor, str) else Engine(executor, decisions)
+        self._no_decoder = executor if isinstance(executor, str) else ""
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._closed = False
+        self.tokenizer = tokenizer
+        self.default_params = default_params
+
+    @property
+    def kind(self) -> Kind:
+        """"paged", "contiguous", "stateless" or "baseline"."""
+        return self._kind
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What was decided when compiling, loading and running, in that order."""
+        return self._decisions.all()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind sessions and generations; UnsupportedError where the graph is no decoder."""
+        self.check_open()
+        if self._engine is None:
+            raise UnsupportedError(f"this model can't be driven as a decoder: {self._no_decoder}", hint="model.run feeds its inputs by name")
+        return self._engine
+
+    def stats(self) -> dict[str, int]:
+        """Counters and sizes now: blocks_*, cache_bytes and block_copies (paged); sequences, steps, tokens, forks, …; model_bytes of files."""
+        self.check_open()
+        if self._engine is None:
+            return {"model_bytes": self._model_bytes}
+        with self._engine.turn:
+            return {**self._engine.stats(), "model_bytes": self._model_bytes}
+
+    def predict(self, token_ids: Ids) -> NDArray[np.float32]:
+        """Logits (S, V) of `token_ids`, from nothing and leaving nothing behind."""
+        engine = self.engine
+        ids = check_ids(token_ids, engine.executor.vocab_size)
+        with engine.turn:
+            engine.collect_dropped()
+            state = engine.executor.open()
+        try:
+            return append(engine, [(state, ids)], "all")[0]
+        finally:
+            with engine.turn:
+                engine.close(state)
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """The graph's own inputs to its own outputs, by name. UnsupportedError where compiling has replaced them (kind "paged")."""
+        self.check_open()
+        if self._kind == "paged":
+            raise UnsupportedError(
+                'a "paged" model has no inputs and outputs of its own', hint='predict, sessions and generate drive it; the kinds "contiguous", '
+                '"stateless" and "baseline" have run',
+            )
+        names = {port.name for port in self._interface.inputs}
+        if set(inputs) != names:
+            off = sorted(set(inputs) ^ names)
+            raise RequestError(f"the graph's inputs are {', '.join(sorted(names))}; missing or unknown: {', '.join(off)}")
+        try:
+            outputs = self._session.run(None, {name: np.asarray(value) for name, value in inputs.items()})
+        except Exception as error:
+            if type(error).__name__ == "InvalidArgument":
+                raise RequestError(f"the inputs don't fit the graph: {str(error).strip()}") from error
+            raise step_error(error) from error
+        return dict(zip((port.name for port in self._interface.outputs), outputs))
+
+    def begin_session(self) -> Session:
+        """A scope for sequences. `with` is optional."""
+        assert self.engine is not None     # or it raises
+        session = Session(self)
+        self._sessions.add(session)
+        return session
+
+    def generate(self, prompts: Any, params: SamplingParams | None = None) -> list[Result]:
+        """Completes one prompt or several (text, chat messages or token ids), together where the kind can. One Result per prompt, in order.
+
+        `params` None: `default_params`. Raises RequestError, CapacityError or UnsupportedError before anything has begun; what fails later
+        ends with finish_reason "error".
+        """
+        engine = self.engine
+        encoded = [encode_prompt(prompt, self.tokenizer, engine.executor.vocab_size) for prompt in as_prompts(prompts)]
+        generations = self._begin([(ids, None) for ids in encoded], params)
+        try:
+            for generation in generations:
+                engine.run(generation.requests, lambda generation=generation: generation.done)  # type: ignore[misc]
+        except BaseException:
+            with engine.turn:
+                for generation in generations:
+                    engine.cancel(generation.requests)
+            raise
+        return [generation.result() for generation in generations]
+
+    def stream(self, prompt: Any, params: SamplingParams | None = None) -> PieceStream:
+        """Completes one prompt, piece by piece. Errors in what is asked are raised here, not at the first piece."""
+        prompts = as_prompts(prompt)
+        if len(prompts) != 1:
+            raise RequestError(f"stream takes one prompt, not {len(prompts)}", hint="generate takes several")
+        ids = encode_prompt(prompts[0], self.tokenizer, self.engine.executor.vocab_size)
+        return PieceStream(self.engine, self._begin([(ids, None)], params)[0])
+
+    def begin_generation(self, tokens: list[int], params: SamplingParams, state: SequenceState) -> Generation:
+        """Queues the continuation of a sequence (used by Sequence)."""
+        if not tokens:
+            raise RequestError("the sequence is empty", hint="append() a prompt first")
+        return self._begin([(tokens, state)], params)[0]
+
+    def close(self) -> None:
+        """Closes its sessions and lets go of session and caches. Closing twice is fine."""
+        for session in list(self._sessions):
+            session.close()
+        self._closed = True
+        self._engine = self._session = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_open(self) -> None:
+        """RequestError where the model is closed."""
+        if self._closed:
+            raise RequestError("the model is closed", hint="load it again")
+
+    def _begin(self, work: list[tuple[list[int], SequenceState | None]], params: SamplingParams | None) -> list[Generation]:
+        """Checks all, then queues all."""
+        engine = self.engine
+        params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise OptionError(f"params is a {type(params).__name__}, not SamplingParams")
+        if params.stop_strings and self.tokenizer is None:
+            raise UnsupportedError("stop strings need a tokenizer, and the model has none", hint="use stop_token_ids")
+        params.check_vocab(engine.executor.vocab_size)
+        generations = [self._generation(ids, params, owns=state is None) for ids, state in work]
+        with engine.turn:
+            engine.collect_dropped()
+            for (ids, state), generation in zip(work, generations):
+                if state is None:
+                    state = engine.executor.open()
+                    state.tokens.extend(ids)
+                else:
+                    # The last token's logits are needed again: computing one row anew costs less than keeping V floats per sequence.
+                    engine.executor.truncate(state, len(ids) - 1)
+                text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings)
+                generation.requests.append(GenerateRequest(state, generation, 0, text))
+            engine.submit([generation.requests[0] for generation in generations])
+        return generations
+
+    def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool) -> Generation:
+        executor = self.engine.executor
+        length = len(ids)
+        check_length(self.engine, length)
+        if executor.max_context is not None and length >= executor.max_context:
+            raise CapacityError(f"a prompt of {length} tokens leaves no room in the model's context of {executor.max_context}", hint="shorten it")
+        # The last token sampled is never computed: it needs no slot.
+        if params.max_tokens is not None and executor.max_context is not None:
+            check_length(self.engine, min(length + params.max_tokens - 1, executor.max_context))
+        limits = [params.max_tokens, executor.max_context and executor.max_context - length, executor.max_cached and executor.max_cached - length + 1]
+        known = [limit for limit in limits if limit is not None]
+        if not known:
+            raise RequestError("nothing bounds the completion: the model's context is not known", hint="give max_tokens")
+        eos = frozenset() if params.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
+        return Generation(
+            prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+        )
+
+
+def default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """Sampling as the model's generation_config.json asks for it: its fields where it has them, the field's defaults else."""
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
+             "max_new_tokens": "max_tokens"}
+    given = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    if config.get("do_sample") is False:
+        given["temperature"] = 0
+    return SamplingParams(**given)
+
+
+def file_bytes(*files: os.PathLike[str]) -> int:
+    """Sizes of the files that are there."""
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))

@@ -1,0 +1,47 @@
+"""From a file to a ready onnxruntime session. `Session` is the user's word; this is onnxruntime's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+from ..custom_ops import register
+from ..errors import LibraryError, ModelError
+from ..models.interface import GraphInterface
+from ..models.roles import guess_interface
+from .config import RuntimeOptions
+
+# What onnxruntime says when a graph needs an op that is not registered.
+_MISSING_OP = ("is not a registered function/op", "ai.octavo")
+
+
+def open_session(graph: Path, options: RuntimeOptions, *, op_library: bool) -> ort.InferenceSession:
+    """A session over `graph` with `options`, and with our ops where `op_library`.
+
+    Raises LibraryError where the op library can't be loaded or lacks an op of the graph, ModelError where onnxruntime refuses the graph.
+    """
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.num_threads
+    settings.inter_op_num_threads = 1
+    # Patterns are kept per combination of shapes: batches of ragged sequences would fill the table and never hit it.
+    settings.enable_mem_pattern = False
+    settings.log_severity_level = 3     # a failed step is reported by us, with its cause
+    if not options.optimize_graph:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if op_library:
+        register(settings)
+    try:
+        return ort.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        message = str(error).strip()
+        if any(sign in message for sign in _MISSING_OP):
+            raise LibraryError(f"{graph.name} needs ops that are not there: {message}", hint="compile the model again with this Octavo") from error
+        raise ModelError(f"onnxruntime can't load {graph}: {message}", hint="is it a whole ONNX model, of opset 25 or below?") from error
+
+
+def session_interface(session: ort.InferenceSession) -> GraphInterface:
+    """What a plain graph's inputs and outputs are for, as far as their names, types and shapes tell."""
+    inputs = [(port.name, port.type, port.shape) for port in session.get_inputs()]
+    outputs = [(port.name, port.type, port.shape) for port in session.get_outputs()]
+    return guess_interface(inputs, outputs)

@@ -1,0 +1,178 @@
+"""Runs `paged` models: one token-flat row for all sequences of a step, caches in blocks, everything bound once.
+
+Row t of a step is one token. Sequence b owns rows [c[b], c[b+1]) of `cumulative_sequence_length`; `slot_mapping.{g}[t]` says where its key
+and value go, `block_table.{g}[b]` where the keys it sees lie (docs/reference/graph-interface.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..errors import ArtifactError
+from ..models.spec import ModelSpec
+from .executor import MAX_SEQUENCES, MAX_STEP_TOKENS, Rows, step_error
+from .kv.store import BlockStore
+from .kv.tables import BlockTables, Extension, SequenceBlocks
+from .plan import Limits, SequenceState, StepPlan
+
+
+class PagedExecutor:
+    """An Executor over `PagedAttention`."""
+
+    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, batching: bool) -> None:
+        self.vocab_size = spec.vocab_size
+        self.max_context: int | None = spec.max_context
+        self.max_cached: int | None = num_blocks * block_size
+        self.limits = Limits(MAX_SEQUENCES if batching else 1, MAX_STEP_TOKENS)
+        self._tables = BlockTables(len(spec.cache_groups), num_blocks, block_size)
+        self._store = BlockStore(spec, num_blocks, block_size)
+        self._feed = _Feed(session, spec, self._store, self.limits, block_size)
+        self._num_open = 0
+
+    def open(self) -> SequenceState:
+        self._num_open += 1
+        return SequenceState([], self._tables.open())
+
+    def fork(self, sequence: SequenceState) -> SequenceState:
+        self._num_open += 1
+        blocks = self._tables.fork(_blocks(sequence), sequence.num_cached)
+        return SequenceState(list(sequence.tokens), blocks, sequence.num_cached)
+
+    def truncate(self, sequence: SequenceState, length: int) -> None:
+        sequence.num_cached = min(sequence.num_cached, length)
+        self._tables.truncate(_blocks(sequence), sequence.num_cached)
+
+    def close(self, sequence: SequenceState) -> None:
+        self._num_open -= 1
+        self._tables.close(_blocks(sequence))
+        sequence.num_cached = 0
+
+    def reserve(self, sequence: SequenceState, stop: int) -> bool:
+        return self._tables.reserve(_blocks(sequence), sequence.num_cached, stop)
+
+    def unreserve(self, sequence: SequenceState) -> None:
+        self._tables.unreserve(_blocks(sequence))
+
+    def execute(self, plan: StepPlan) -> list[Rows]:
+        extensions: list[Extension] = []
+        try:
+            for part in plan.slices:
+                extensions.append(self._tables.extend(_blocks(part.sequence), part.start, part.stop))
+            for extension in extensions:
+                self._store.copy(extension.copies)
+            logits = self._feed.run(plan)
+        except BaseException as error:
+            # What the step has written lies in slots after each sequence's length, or in fresh copies: nobody sees it.
+            for extension in reversed(extensions):
+                self._tables.rollback(extension)
+            if isinstance(error, Exception):
+                raise step_error(error) from error
+            raise
+        for part, extension in zip(plan.slices, extensions):
+            self._tables.commit(extension)
+            part.sequence.num_cached = part.stop
+        ends = np.cumsum([part.num_rows for part in plan.slices])
+        return [logits[end - part.num_rows : end] for part, end in zip(plan.slices, ends)]
+
+    def stats(self) -> dict[str, int]:
+        pools = self._tables.pools
+        return {
+            "blocks_total": sum(pool.num_blocks for pool in pools),
+            "blocks_free": sum(pool.num_free for pool in pools),
+            "blocks_used": sum(pool.num_used for pool in pools),
+            "blocks_shared": sum(pool.num_shared for pool in pools),
+            "blocks_reserved": sum(pool.num_reserved for pool in pools),
+            "block_copies": self._tables.num_copies,
+            "cache_bytes": self._store.nbytes,
+            "sequences": self._num_open,
+        }
+
+    def check(self) -> None:
+        self._tables.check()
+
+
+def _blocks(sequence: SequenceState) -> SequenceBlocks:
+    assert isinstance(sequence.cache, SequenceBlocks)
+    return sequence.cache
+
+
+class _Feed:
+    """The session's inputs and outputs: caches bound once, small integers in buffers of the largest size, rebound only when a shape changes."""
+
+    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, store: BlockStore, limits: Limits, block_size: int) -> None:
+        assert limits.max_tokens is not None
+        T, B, M = limits.max_tokens, limits.max_sequences, -(-spec.max_context // block_size)
+        self._session, self._block_size, self._vocab_size = session, block_size, spec.vocab_size
+        self._groups = range(len(spec.cache_groups))
+        sizes: dict[str, tuple[int, type]] = {
+            "input_ids": (T, np.int64), "position_ids": (T, np.int64), "cumulative_sequence_length": (B + 1, np.int32),
+            "past_seqlens": (B, np.int32), "logit_rows": (T, np.int64), "parent": (T, np.int32),
+            **{f"slot_mapping.{g}": (T, np.int32) for g in self._groups},
+            **{f"block_table.{g}": (B * M, np.int32) for g in self._groups},
+        }
+        caches = store.ort_values()
+        wanted = {port.name for port in session.get_inputs()}
+        if unknown := wanted - sizes.keys() - caches.keys():
+            raise ArtifactError(f"the graph has an input {min(unknown)!r} that no paged decoder has", hint="compile the model again")
+        self._buffers = {name: np.zeros(size, dtype) for name, (size, dtype) in sizes.items() if name in wanted}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._io = session.io_binding()
+        for name, value in caches.items():
+            self._io.bind_ortvalue_input(name, value)
+        self._caches = caches   # the binding doesn't keep the arrays alive
+        self._logits: Rows = np.empty((0, spec.vocab_size), np.float32)
+
+    def run(self, plan: StepPlan) -> Rows:
+        """One step; logits (num_rows, V), overwritten by the next."""
+        self._fill(plan)
+        rows = max(plan.num_rows, 1)
+        self._bind_logits(rows)
+        self._session.run_with_iobinding(self._io)
+        return self._logits[: plan.num_rows]
+
+    def _fill(self, plan: StepPlan) -> None:
+        T, B = plan.num_tokens, len(plan.slices)
+        lengths = np.array([part.stop - part.start for part in plan.slices])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.concatenate([np.arange(part.start, part.stop) for part in plan.slices])
+        parent = np.arange(-1, T - 1)
+        parent[starts[:-1]] = -1
+        rows = np.concatenate([np.arange(end - part.num_rows, end) for part, end in zip(plan.slices, starts[1:])])
+        self._put("input_ids", np.concatenate([part.sequence.tokens[part.start : part.stop] for part in plan.slices]), (1, T))
+        self._put("position_ids", positions, (1, T))
+        self._put("cumulative_sequence_length", starts, (B + 1,))
+        self._put("past_seqlens", np.array([part.start for part in plan.slices]), (B,))
+        self._put("parent", parent, (T,))
+        # A step that wants no logits still computes one row: a graph with nothing to gather is a case that no kernel needs to know.
+        self._put("logit_rows", rows if len(rows) else np.array([T - 1]), (max(len(rows), 1),))
+        for group in self._groups:
+            self._put_blocks(plan, group, lengths, positions)
+
+    def _put_blocks(self, plan: StepPlan, group: int, lengths: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        tables = [_blocks(part.sequence).tables[group] for part in plan.slices]
+        block_table = np.full((len(tables), max(map(len, tables))), -1, np.int64)
+        for row, table in zip(block_table, tables):
+            row[: len(table)] = table
+        blocks = block_table[np.repeat(np.arange(len(tables)), lengths), positions // self._block_size]
+        self._put(f"block_table.{group}", block_table.ravel(), block_table.shape)
+        self._put(f"slot_mapping.{group}", blocks * self._block_size + positions % self._block_size, positions.shape)
+
+    def _put(self, name: str, values: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            return      # the graph has no use for it (position_ids, where attention rotates by itself)
+        buffer[: values.size] = values
+        if self._shapes.get(name) != shape:
+            self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(buffer[: values.size].reshape(shape)))
+            self._shapes[name] = shape
+
+    def _bind_logits(self, rows: int) -> None:
+        """Into a buffer of our own: an output bound by device alone keeps the first step's shape."""
+        if rows > len(self._logits):
+            self._logits = np.empty((1 << (rows - 1).bit_length(), self._vocab_size), np.float32)
+        elif self._shapes.get("logits") == (rows,):
+            return
+        self._io.bind_output("logits", "cpu", 0, np.float32, [rows, self._vocab_size], self._logits.ctypes.data)
+        self._shapes["logits"] = (rows,)

@@ -1,0 +1,179 @@
+"""What is asked of the engine: to append tokens, or to generate. A request holds its own state; the engine moves it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import OctavoError
+from .plan import SequenceState, Slice
+from .results import Completion, FinishReason, Piece, Result, TokenLogprob, Usage
+from .sampling import SamplingParams, sample, token_logprob
+from .text import TextStream
+
+Rows = NDArray[np.float32]
+
+
+class Request:
+    """One sequence's work. `first_row`: logits are wanted from this position on."""
+
+    preemptable = True
+
+    def __init__(self, sequence: SequenceState, first_row: int) -> None:
+        self.sequence = sequence
+        self.first_row = first_row
+        self.done = False
+        self.last_step = -1
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to be computed."""
+        return len(self.sequence.tokens) - self.sequence.num_cached
+
+    def accept(self, part: Slice, rows: Rows) -> None:
+        """Takes the logits of positions [part.first_row, part.stop), a view that lasts until the next step."""
+        raise NotImplementedError
+
+    def fail(self, error: OctavoError) -> None:
+        """Ends the request for a cause."""
+        raise NotImplementedError
+
+
+class AppendRequest(Request):
+    """Compute the tokens that the sequence has and the cache has not; keep logits. Whole or not at all."""
+
+    preemptable = False     # its caller was promised the memory
+
+    def __init__(self, sequence: SequenceState, first_row: int, *, length_before: int) -> None:
+        super().__init__(sequence, first_row)
+        self.length_before = length_before
+        self.error: OctavoError | None = None
+        self._rows: list[Rows] = []
+
+    @property
+    def logits(self) -> Rows:
+        return self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
+
+    def accept(self, part: Slice, rows: Rows) -> None:
+        if len(rows):
+            self._rows.append(rows.copy())
+        self.done = self.num_pending == 0
+
+    def fail(self, error: OctavoError) -> None:
+        self.error = error
+        self.done = True
+
+
+@dataclass(eq=False)
+class Generation:
+    """All completions of one prompt. `pieces` is what a stream has not yet taken; with `n` > 1 the requests after the first are its forks."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    seed: int
+    limit: int                     # most tokens a completion may get
+    owns_sequence: bool            # the sequence is the request's own and closed with it
+    requests: list[GenerateRequest] = field(default_factory=list)
+    pieces: deque[Piece] = field(default_factory=deque)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+
+    @property
+    def done(self) -> bool:
+        return all(request.done for request in self.requests)
+
+    def result(self) -> Result:
+        completions = [request.completion() for request in self.requests]
+        # Completions that a failure of the prompt kept from beginning end as the first did.
+        completions += [completions[0]] * (self.params.n - len(completions))
+        return Result(
+            prompt_token_ids=self.prompt, completions=tuple(completions),
+            prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            usage=Usage(len(self.prompt), sum(len(request.output) for request in self.requests)),
+        )
+
+
+class GenerateRequest(Request):
+    """Completion `index` of a generation: compute what is pending, sample, and again, until it ends."""
+
+    def __init__(self, sequence: SequenceState, generation: Generation, index: int, text: TextStream | None) -> None:
+        prompted = generation.params.prompt_logprobs is not None and index == 0
+        super().__init__(sequence, 0 if prompted else len(generation.prompt) - 1)
+        self.generation = generation
+        self.index = index
+        self.output: list[int] = []
+        self._text = text
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._finish: FinishReason = "length"
+        self._error = ""
+
+    @property
+    def forks_wanted(self) -> int:
+        """Completions to fork off before the first token is sampled."""
+        return self.generation.params.n - 1 if self.index == 0 and not self.output else 0
+
+    def fork(self, sequence: SequenceState, index: int) -> GenerateRequest:
+        return GenerateRequest(sequence, self.generation, index, self._text.fork() if self._text else None)
+
+    def accept(self, part: Slice, rows: Rows) -> None:
+        self._take_prompt_logprobs(part, rows)
+        if self.num_pending == 0:
+            self._sample(rows[-1])
+
+    def fail(self, error: OctavoError) -> None:
+        self._error = str(error)
+        self._end("error", "", ())
+        if self.index == 0:
+            for index in range(len(self.generation.requests), self.generation.params.n):
+                self.generation.pieces.append(Piece(index, "", (), finish_reason="error", error=self._error))
+
+    def completion(self) -> Completion:
+        logprobs = None if self.generation.params.logprobs is None else tuple(self._logprobs)
+        return Completion("".join(self._texts), tuple(self.output), self._finish, logprobs, self._error)
+
+    def _take_prompt_logprobs(self, part: Slice, rows: Rows) -> None:
+        generation = self.generation
+        k = generation.params.prompt_logprobs
+        if k is None or self.index:
+            return
+        # The row of position p predicts token p + 1. A row seen again after a preemption is not taken twice.
+        for position, row in zip(range(part.first_row, part.stop), rows):
+            if len(generation.prompt_logprobs) == position + 1 < len(generation.prompt):
+                generation.prompt_logprobs.append(token_logprob(row, generation.prompt[position + 1], k))
+
+    def _sample(self, row: NDArray[np.float32]) -> None:
+        generation, params = self.generation, self.generation.params
+        early = len(self.output) < params.min_tokens
+        token = sample(
+            row, params, prompt=np.array(generation.prompt, np.int64), output=np.array(self.output, np.int64),
+            banned=tuple(generation.stop_ids) if early else (), seed=generation.seed, completion=self.index,
+        )
+        logprobs = () if params.logprobs is None else (token_logprob(row, token, params.logprobs),)
+        self.output.append(token)
+        self.sequence.tokens.append(token)
+        if token in generation.stop_ids:
+            return self._end("stop", self._text.finish() if self._text else "", (token,), logprobs)
+        text = self._text.feed(token, stops=len(self.output) > params.min_tokens) if self._text else ""
+        if self._text and self._text.stopped:
+            return self._end("stop", text, (token,), logprobs)
+        if len(self.output) >= generation.limit:
+            text += self._text.finish() if self._text else ""
+            return self._end("stop" if self._text and self._text.stopped else "length", text, (token,), logprobs)
+        self._emit(text, (token,), logprobs)
+
+    def _end(self, reason: FinishReason, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        self._finish = reason
+        self.done = True
+        if reason == "error" and self._text:
+            text = self._text.finish()
+        self._emit(text, tokens, logprobs, finish=reason)
+
+    def _emit(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish: FinishReason | None = None) -> None:
+        self._texts.append(text)
+        self._logprobs += logprobs
+        shown = None if self.generation.params.logprobs is None else logprobs
+        self.generation.pieces.append(Piece(self.index, text, tokens, shown, finish, self._error))

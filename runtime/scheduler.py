@@ -1,0 +1,149 @@
+"""Which requests run in the next step, and how many of their tokens. Policy on integers only: no arrays, no sessions.
+
+First come, first served. A request is admitted when the memory for all tokens it has so far is promised; then every step takes one token of
+each decoding request and fills what is left of the token budget with prompts, in chunks. Where memory runs out, the youngest request gives
+its cache back and waits; it is recomputed from its tokens later. An `append` is never put off that way: what it needs was promised at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from .plan import Limits, SequenceState, Slice, StepPlan
+
+
+class Memory(Protocol):
+    """The part of an Executor that admission and preemption need."""
+
+    def reserve(self, sequence: SequenceState, stop: int) -> bool: ...
+    def unreserve(self, sequence: SequenceState) -> None: ...
+    def truncate(self, sequence: SequenceState, length: int) -> None: ...
+
+
+class Schedulable(Protocol):
+    """What the scheduler knows of a request. Logits are wanted for positions ≥ `first_row`."""
+
+    sequence: SequenceState
+    first_row: int
+    preemptable: bool
+    last_step: int
+
+    @property
+    def num_pending(self) -> int: ...
+
+
+R = TypeVar("R", bound=Schedulable)
+
+
+@dataclass(frozen=True)
+class Schedule(Generic[R]):
+    """`requests[i]` has `plan.slices[i]`. `starved` wait for memory that nothing now running will free."""
+
+    requests: tuple[R, ...]
+    plan: StepPlan
+    starved: tuple[R, ...]
+
+
+class Scheduler(Generic[R]):
+    def __init__(self, limits: Limits, memory: Memory) -> None:
+        self.limits = limits
+        self.num_preemptions = 0
+        self._memory = memory
+        self._waiting: deque[R] = deque()
+        self._running: list[R] = []     # oldest first
+        self._step = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: R, *, admitted: bool = False) -> None:
+        """Queues a request. `admitted`: its memory is there already (an append's promise, a fork's shared blocks)."""
+        if admitted:
+            self._running.append(request)
+        else:
+            self._waiting.append(request)
+
+    def remove(self, request: R) -> None:
+        """Forgets a request, wherever it is."""
+        if request in self._running:
+            self._running.remove(request)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    def make_room(self, request: R, stop: int) -> bool:
+        """Promises `request` the memory for `stop` tokens, at the cost of younger requests if need be (of any, if it is not running)."""
+        while not self._memory.reserve(request.sequence, stop):
+            younger = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
+            victim = next((r for r in reversed(younger) if r.preemptable), None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def schedule(self) -> Schedule[R]:
+        starved = self._admit()
+        chosen: list[tuple[R, int]] = []
+        budget = self.limits.max_tokens
+        # Decoding requests first, so that no prompt stalls a stream; among them the one that has waited longest.
+        for request in sorted(self._running, key=lambda r: (r.num_pending > 1, r.last_step if r.num_pending == 1 else 0)):
+            if len(chosen) == self.limits.max_sequences or budget == 0:
+                break
+            if request not in self._running:
+                continue    # preempted by one of those before
+            if not self.make_room(request, len(request.sequence.tokens)):
+                starved += self._put_off(request)
+                continue
+            count = request.num_pending if budget is None else min(request.num_pending, budget)
+            budget = None if budget is None else budget - count
+            chosen.append((request, count))
+        self._step += 1
+        # Memory for a later one may have been taken from an earlier, younger one.
+        kept = [(request, _slice(request, count)) for request, count in chosen if request in self._running]
+        for request, _ in kept:
+            request.last_step = self._step
+        return Schedule(tuple(r for r, _ in kept), StepPlan(tuple(s for _, s in kept)), tuple(starved))
+
+    def _admit(self) -> list[R]:
+        starved: list[R] = []
+        while self._waiting and len(self._running) < self.limits.max_sequences:
+            request = self._waiting[0]
+            if self._memory.reserve(request.sequence, len(request.sequence.tokens)):
+                self._running.append(self._waiting.popleft())
+            elif self._running:
+                break       # one of them will end and free its blocks
+            else:
+                starved.append(self._waiting.popleft())
+        return starved
+
+    def _put_off(self, request: R) -> list[R]:
+        """Makes a request wait that memory lacks for; returns it where nothing else runs that could free some."""
+        if len(self._running) > 1 and request.preemptable:
+            self._preempt(request)
+            return []
+        self._running.remove(request)
+        return [request]
+
+    def _preempt(self, request: R) -> None:
+        self.num_preemptions += 1
+        self._running.remove(request)
+        self._memory.unreserve(request.sequence)
+        self._memory.truncate(request.sequence, 0)
+        self._waiting.appendleft(request)
+
+    def check(self) -> None:
+        """Every request is in one place, once."""
+        everyone = [id(request) for request in (*self._running, *self._waiting)]
+        assert len(set(everyone)) == len(everyone), "a request is queued twice"
+        assert all(request.num_pending > 0 for request in (*self._running, *self._waiting)), "a request has nothing to compute"
+
+
+def _slice(request: Schedulable, count: int) -> Slice:
+    start = request.sequence.num_cached
+    return Slice(request.sequence, start, start + count, min(max(start, request.first_row), start + count))

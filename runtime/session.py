@@ -1,0 +1,225 @@
+"""Sessions and sequences: a sequence is a value that grows, forks and shrinks; a session is a scope of sequences.
+
+Operations on one sequence serialise; different sequences can be driven from different threads, and their work shares steps.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CapacityError, RequestError
+from ..models.runner import Ids, Rows
+from .plan import SequenceState
+from .prompt import check_ids
+from .request import AppendRequest
+from .results import Result
+from .sampling import SamplingParams
+from .stream import PieceStream
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .model import Model
+
+Logits = NDArray[np.float32]
+
+
+class Session:
+    """A scope of independent sequences; closing it closes them. Made by `model.begin_session()`."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self._closed = False
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
+        self._check_open()
+        engine = self._model.engine
+        with engine.turn:
+            engine.collect_dropped()
+            state = engine.executor.open()
+        return self._adopt(state)
+
+    def append_batch(self, work: list[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:
+        """Appends to several different sequences, in shared steps where the kind can. All of them or none (but see StepError).
+
+        Returns each one's logits as `Sequence.append` does. Where a step fails, the sequences it fails for are as before, the others have
+        grown, and StepError is raised.
+        """
+        self._check_open()
+        sequences = [sequence for sequence, _ in work]
+        if len({id(sequence) for sequence in sequences}) != len(sequences):
+            raise RequestError("a sequence is given twice", hint="append its tokens in one go")
+        with ExitStack() as stack:
+            # In one order for everyone, so that two batches over the same sequences can't wait for each other.
+            for sequence in sorted(sequences, key=id):
+                stack.enter_context(sequence._held())
+            return append(self._model.engine, [(sequence._state, ids) for sequence, ids in work], rows)
+
+    def close(self) -> None:
+        """Closes every sequence. Closing twice is fine."""
+        self._closed = True
+        for sequence in list(self._sequences):
+            sequence.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _adopt(self, state: SequenceState) -> Sequence:
+        sequence = Sequence(self, self._model, state)
+        self._sequences.add(sequence)
+        return sequence
+
+    def _check_open(self) -> None:
+        self._model.check_open()
+        if self._closed:
+            raise RequestError("the session is closed", hint="begin another with model.begin_session()")
+
+
+class Sequence:
+    """Tokens and what the model has cached of them. Dropping the last reference frees it, as `close` does."""
+
+    def __init__(self, session: Session, model: Model, state: SequenceState) -> None:
+        self._session, self._model, self._state = session, model, state
+        self._lock = threading.RLock()
+        self._stream: weakref.ref[PieceStream] | None = None
+        self._finalizer = weakref.finalize(self, _drop, model.engine, state)
+        self._finalizer.atexit = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids so far: appended and generated."""
+        return tuple(self._state.tokens)
+
+    def __len__(self) -> int:
+        return len(self._state.tokens)
+
+    def append(self, token_ids: Ids, *, rows: Rows = "last") -> Logits:
+        """Appends tokens and returns float32 logits: of the last one, (1, V), or with rows="all" of each, (len(token_ids), V).
+
+        Raises RequestError (no tokens, an id out of range, a closed sequence), CapacityError (beyond the model's context or the memory),
+        StepError (a kernel failed); the sequence is as before then.
+        """
+        with self._held():
+            return append(self._model.engine, [(self._state, token_ids)], rows)[0]
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same tokens. Nothing is copied until one of them writes."""
+        with self._held():
+            engine = self._model.engine
+            with engine.turn:
+                state = engine.fork(self._state)
+            return self._session._adopt(state)
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens; RequestError where there are fewer."""
+        with self._held():
+            if not isinstance(length, int | np.integer) or isinstance(length, bool) or not 0 <= length <= len(self):
+                raise RequestError(f"can't truncate {len(self)} tokens to {length!r}")
+            engine = self._model.engine
+            with engine.turn:
+                engine.executor.truncate(self._state, int(length))
+                del self._state.tokens[int(length) :]
+
+    def reset(self) -> None:
+        """Back to the empty sequence."""
+        self.truncate(0)
+
+    def generate(self, params: SamplingParams | None = None) -> Result:
+        """Goes on from where the sequence is, and keeps what it generates. RequestError on an empty sequence, or with n > 1."""
+        with self._held():
+            generation = self._model.begin_generation(self._state.tokens, self._params(params), self._state)
+            self._model.engine.run(generation.requests, lambda: generation.done)
+            return generation.result()
+
+    def stream(self, params: SamplingParams | None = None) -> PieceStream:
+        """Like `generate`, piece by piece. Until the stream has ended or is closed, the sequence can do nothing else."""
+        with self._held():
+            generation = self._model.begin_generation(self._state.tokens, self._params(params), self._state)
+            stream = PieceStream(self._model.engine, generation, owner=self)
+            self._stream = weakref.ref(stream)
+            return stream
+
+    def close(self) -> None:
+        """Frees what the sequence holds. Closing twice is fine."""
+        with self._lock:
+            if self._stream is not None and (stream := self._stream()) is not None:
+                stream.close()
+            if self._finalizer.detach():
+                engine = self._model.engine
+                with engine.turn:
+                    engine.collect_dropped()
+                    engine.close(self._state)
+
+    def _params(self, params: SamplingParams | None) -> SamplingParams:
+        params = self._model.default_params if params is None else params
+        if params.n > 1 or params.prompt_logprobs is not None:
+            what = "n > 1" if params.n > 1 else "prompt_logprobs"
+            raise RequestError(f"a sequence has no {what}", hint="fork() the sequence for several; append(rows='all') gives a prompt's logits")
+        return params
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """One operation at a time: waits for the one before."""
+        with self._lock:
+            self._model.check_open()
+            if not self._finalizer.alive:
+                raise RequestError("the sequence is closed", hint="make another with session.new_sequence()")
+            if self._stream is not None and (stream := self._stream()) is not None and not stream.ended:
+                raise RequestError("the sequence is being streamed", hint="read the stream to its end, or close() it")
+            yield
+
+
+def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) -> list[Logits]:
+    """Appends to several sequences at once; on an error those that failed are as before."""
+    if rows not in ("last", "all"):
+        raise RequestError(f'rows={rows!r} is neither "last" nor "all"')
+    executor = engine.executor
+    checked = [(state, check_ids(ids, executor.vocab_size)) for state, ids in work]
+    for state, ids in checked:
+        check_length(engine, len(state.tokens) + len(ids))
+    requests = [
+        AppendRequest(state, len(state.tokens) + (0 if rows == "all" else len(ids) - 1), length_before=len(state.tokens)) for state, ids in checked
+    ]
+    with engine.turn:
+        for state, ids in checked:
+            state.tokens.extend(ids)
+        try:
+            engine.submit(requests)
+        except CapacityError:
+            for request in requests:
+                del request.sequence.tokens[request.length_before :]
+            raise
+    engine.run(requests)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [request.logits for request in requests]
+
+
+def check_length(engine: Engine, length: int) -> None:
+    """CapacityError where no sequence can have `length` tokens."""
+    executor = engine.executor
+    if executor.max_context is not None and length > executor.max_context:
+        raise CapacityError(f"{length} tokens are more than the model's context of {executor.max_context}", hint="shorten the prompt, or truncate()")
+    if executor.max_cached is not None and length > executor.max_cached:
+        stats = executor.stats()
+        raise CapacityError(
+            f"{length} tokens never fit the pool: {stats['blocks_total']} blocks hold {executor.max_cached} tokens",
+            hint="load the model with more memory=",
+        )
+
+
+def _drop(engine: Engine, state: SequenceState) -> None:
+    """A finalizer: it may run in the middle of a step, so it only leaves a note."""
+    engine.drop(lambda: engine.close(state))
