@@ -1,0 +1,113 @@
+#include "isa/dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#ifdef OCTAVO_X86_64
+#include <cpuid.h>
+#endif
+
+namespace octavo {
+
+extern const Kernels kernels_scalar;
+
+namespace {
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*available)();
+};
+
+bool always() { return true; }
+
+#ifdef OCTAVO_X86_64
+
+struct Features {
+  bool avx2, avx512;
+};
+
+// cpuid tells what the processor can do, xgetbv which registers the operating system saves: both are needed.
+Features detect() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
+  const bool osxsave = c & bit_OSXSAVE, avx = c & bit_AVX, fma = c & bit_FMA, f16c = c & bit_F16C;
+  if (!osxsave || !avx || !fma || !f16c) return {};
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned ymm = 0x6, zmm = 0xe0;  // XCR0: SSE and AVX state; opmask and both halves of the zmm registers
+  if ((low & ymm) != ymm || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  const bool avx2 = b & bit_AVX2;
+  const bool wide = (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
+  return {avx2, avx2 && wide && (low & zmm) == zmm};
+}
+
+const Features& features() {
+  static const Features found = detect();
+  return found;
+}
+
+}  // namespace
+
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+namespace {
+
+bool has_avx2() { return features().avx2; }
+bool has_avx512() { return features().avx512; }
+
+constexpr Isa kIsas[] = {{&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2}, {&kernels_scalar, always}};
+
+#else
+
+constexpr Isa kIsas[] = {{&kernels_scalar, always}};
+
+#endif
+
+struct Choice {
+  const Kernels* kernels;
+  Status status;
+};
+
+Choice choose() {
+  const char* asked = std::getenv("OCTAVO_ISA");
+  for (const Isa& isa : kIsas) {
+    if (asked == nullptr || *asked == 0) {
+      if (isa.available()) return {isa.kernels, Status::ok()};
+    } else if (std::strcmp(asked, isa.kernels->name) == 0) {
+      if (isa.available()) return {isa.kernels, Status::ok()};
+      return {nullptr, Status::invalid("OCTAVO_ISA is '%s', which this processor or operating system does not have", asked)};
+    }
+  }
+  return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s'; this build knows scalar, avx2 and avx512 (the last two on x86-64)", asked)};
+}
+
+const Choice& choice() {
+  static const Choice made = choose();
+  return made;
+}
+
+}  // namespace
+
+Status active_kernels(const Kernels** out) {
+  *out = choice().kernels;
+  return choice().status;
+}
+
+}  // namespace octavo
+
+#define OCTAVO_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The name of the instruction set in use; where OCTAVO_ISA can't be met, nullptr.
+OCTAVO_EXPORT const char* octavo_active_isa() {
+  const octavo::Kernels* kernels = octavo::choice().kernels;
+  return kernels != nullptr ? kernels->name : nullptr;
+}
+
+// The names that this machine can run, best first: entry `index`, nullptr past the end.
+OCTAVO_EXPORT const char* octavo_available_isa(int index) {
+  for (const octavo::Isa& isa : octavo::kIsas) {
+    if (isa.available() && index-- == 0) return isa.kernels->name;
+  }
+  return nullptr;
+}

@@ -1,0 +1,59 @@
+// What the kernels take: plain structs of pointers, sizes and strides, and the table of functions that every instruction set fills.
+//
+// This header is compiled with the flags of every instruction set. It must hold no inline function: the linker would keep one copy of it,
+// perhaps the one with instructions that the processor lacks.
+#pragma once
+#include <cstdint>
+
+#include "kv/block_view.h"
+
+namespace octavo {
+
+enum BiasType : int { kNoBias = 0, kFloatBias = 1, kBoolBias = 2 };
+
+// Up to kLanes query rows that share one KV head. Positions are absolute; row r sees keys [lo[r], hi[r]), less what the masks hide.
+struct Tile {
+  int rows, D, E;
+  float softcap;                        // 0: none
+  bool has_slopes;
+  BiasType bias_type;
+  std::int32_t lo[kLanes], hi[kLanes];
+  std::int32_t position[kLanes];        // of the query, for the slopes
+  float slope[kLanes];
+  const float* query[kLanes];           // D each, rotated and scaled
+  const void* bias[kLanes];             // indexed by key position; float is added, bool false hides
+  const std::uint8_t* key_mask;         // indexed by key position, 0 hides; or null
+  std::int32_t keys;                    // bias and key_mask have this many entries
+};
+
+// Softmax state of a tile: m[r] maximum (−inf: row r has seen nothing, and its l and o mean nothing), l[r] sum of exp(score − m),
+// o[r·Epad + e] sum of exp(score − m)·v, Epad = E rounded up to kLanes. m and l have kLanes entries, all written.
+struct Softmax {
+  float* m;
+  float* l;
+  float* o;
+};
+
+struct Rotary {
+  const float* cos;  // of this row's position, `half` entries; half = 0: no rotation
+  const float* sin;
+  int half;
+  bool interleaved;
+};
+
+struct Kernels {
+  const char* name;
+  // The softmax state of one chunk alone.
+  void (*attend_chunk[2])(const Tile&, const ChunkView&, const Softmax& out);
+  // state = state merged with the state of the next chunk.
+  void (*merge)(int rows, int E, const Softmax& state, const Softmax& chunk);
+  // out[r][e] = o / l, after sink[r] (or null) has joined the softmax; 0 where nothing was seen.
+  void (*finish)(int rows, int E, const Softmax& state, const float* sink, float* const* out);
+  // y = rotate(x)·scale for one head of D.
+  void (*rotate)(const float* x, float* y, int D, const Rotary&, float scale);
+  // Store one head of one token, rounded to the cache's type: keys `stride` elements apart, values in a row.
+  void (*append_key[2])(const float* key, int D, void* slot, std::int64_t stride);
+  void (*append_value[2])(const float* value, int E, void* slot);
+};
+
+}  // namespace octavo

@@ -1,0 +1,10 @@
+// The ops of this library.
+#pragma once
+#include "op.h"
+
+namespace octavo {
+
+const OpDefinition* paged_attention();
+const OpDefinition* flash_attention();
+
+}  // namespace octavo

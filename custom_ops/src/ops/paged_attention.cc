@@ -1,0 +1,176 @@
+// ai.octavo::PagedAttention: tensors to checked spans, then append, then attend.
+#include <initializer_list>
+
+#include "kv/paged_keys.h"
+#include "kv/step.h"
+#include "ops/heads.h"
+#include "ops/ops.h"
+
+namespace octavo {
+namespace {
+
+enum Input : std::size_t {
+  kQuery, kKey, kValue, kKeyCache, kValueCache, kCumulative, kPast, kBlockTable, kCosCache, kSinCache, kSlotMapping, kHeadSink,
+  kQNormWeight, kKNormWeight, kKScale, kVScale, kMetadata, kParent, kAlibiSlopes, kInputCount
+};
+
+// Names and order are those of custom_ops/contract.py; a test compares them.
+constexpr PortDefinition kInputs[] = {
+    {"query", ort::kFloat, false},          {"key", ort::kFloat, false},
+    {"value", ort::kFloat, false},          {"key_cache", ort::kUndefined, false},
+    {"value_cache", ort::kUndefined, false}, {"cumulative_sequence_length", ort::kInt32, false},
+    {"past_seqlens", ort::kInt32, false},   {"block_table", ort::kInt32, false},
+    {"cos_cache", ort::kFloat, true},       {"sin_cache", ort::kFloat, true},
+    {"slot_mapping", ort::kInt32, false},   {"head_sink", ort::kFloat, true},
+    {"q_norm_weight", ort::kFloat, true},   {"k_norm_weight", ort::kFloat, true},
+    {"k_scale", ort::kFloat, true},         {"v_scale", ort::kFloat, true},
+    {"attention_metadata", ort::kInt32, true}, {"parent", ort::kInt32, false},
+    {"alibi_slopes", ort::kFloat, true},
+};
+static_assert(sizeof kInputs / sizeof kInputs[0] == kInputCount);
+constexpr PortDefinition kOutputs[] = {{"output", ort::kFloat, false}};
+
+class PagedAttention {
+ public:
+  Status init(const Attributes& attributes) {
+    OCTAVO_TRY(heads_.init(attributes));
+    OCTAVO_TRY(attributes.get("rotary_interleaved", &interleaved_));
+    if (interleaved_ != 0 && interleaved_ != 1) {
+      return Status::invalid("attribute 'rotary_interleaved' is %lld, must be 0 or 1", static_cast<long long>(interleaved_));
+    }
+    return Status::ok();
+  }
+
+  Status compute(Call& call) const {
+    Tensor in[kInputCount];
+    for (std::size_t i = 0; i < kInputCount; ++i) OCTAVO_TRY(call.input(i, &in[i]));
+    PagedCache cache{};
+    StepInput step_input{};
+    Step step{};
+    OCTAVO_TRY(check(in, &cache, &step_input));
+    OCTAVO_TRY(read_step(step_input, call.scratch, &step));
+
+    float* query = nullptr;
+    float* output = nullptr;
+    char* lanes = nullptr;
+    const std::int64_t T = step_input.T;
+    OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(T * heads_.H * cache.D), &query));
+    if (step.has_tree) OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(PagedKeys::lane_bytes(cache)) * kMaxLanes, &lanes));
+    OCTAVO_TRY(call.output(0, {T, heads_.H * cache.E}, &output));
+    OCTAVO_TRY(append(call, in, cache, step_input, step, query));
+
+    const PagedKeys keys(cache, step_input, step, lanes);
+    Attention attention{};
+    attention.H = static_cast<int>(heads_.H);
+    attention.G = static_cast<int>(heads_.G);
+    attention.D = static_cast<int>(cache.D);
+    attention.E = static_cast<int>(cache.E);
+    attention.cache_type = cache.type;
+    attention.softcap = heads_.softcap;
+    attention.query = query;
+    attention.output = output;
+    attention.ranges = step.ranges;
+    attention.sequences = step.sequences;
+    attention.sequence_count = step.sequence_count;
+    attention.head_sink = in[kHeadSink].as<float>();
+    attention.alibi_slopes = in[kAlibiSlopes].as<float>();
+    attention.keys = &keys;
+    return attend(attention, *call.kernels, call.parallel, call.scratch);
+  }
+
+ private:
+  // Shapes and types of every input, against each other and the attributes.
+  Status check(const Tensor* in, PagedCache* cache, StepInput* step) const {
+    for (std::size_t i : {kQNormWeight, kKNormWeight, kKScale, kVScale, kMetadata}) {
+      if (in[i].present()) return Status::invalid("input '%s' is reserved and must be absent", in[i].name);
+    }
+    const std::int64_t H = heads_.H, G = heads_.G;
+    std::int64_t D = 0, E = 0, key_D = 0;
+    OCTAVO_TRY(expect_shape(in[kQuery], {-1, -1}, "(T, H*D)"));
+    OCTAVO_TRY(head_size(in[kQuery], 1, H, &D));
+    const std::int64_t T = in[kQuery].shape[0];
+    OCTAVO_TRY(expect_shape(in[kKey], {T, G * D}, "(T, G*D)"));
+    OCTAVO_TRY(head_size(in[kKey], 1, G, &key_D));
+    OCTAVO_TRY(expect_shape(in[kValue], {T, -1}, "(T, G*E)"));
+    OCTAVO_TRY(head_size(in[kValue], 1, G, &E));
+    OCTAVO_TRY(expect_shape(in[kKeyCache], {-1, G, D, -1}, "(N, G, D, P)"));
+    const std::int64_t N = in[kKeyCache].shape[0], P = in[kKeyCache].shape[3];
+    if (P < kLanes || P > kChunk || (P & (P - 1)) != 0) {
+      return Status::invalid("input 'key_cache' has blocks of %lld slots, must be 16, 32, 64, 128 or 256", static_cast<long long>(P));
+    }
+    if (N > INT32_MAX / P) return Status::invalid("input 'key_cache' has more slots than an int32 can number");
+    OCTAVO_TRY(expect_shape(in[kValueCache], {N, G, P, E}, "(N, G, P, E)"));
+    if (in[kKeyCache].type != ort::kFloat) OCTAVO_TRY(expect_type(in[kKeyCache], ort::kFloat16, "float32 or float16"));
+    OCTAVO_TRY(expect_type(in[kValueCache], static_cast<ort::ElementType>(in[kKeyCache].type), "that of key_cache"));
+    OCTAVO_TRY(expect_shape(in[kCumulative], {-1}, "(B+1)"));
+    if (in[kCumulative].shape[0] < 1) return Status::invalid("input 'cumulative_sequence_length' is empty, expected (B+1)");
+    const std::int64_t B = in[kCumulative].shape[0] - 1;
+    OCTAVO_TRY(expect_shape(in[kPast], {B}, "(B)"));
+    OCTAVO_TRY(expect_shape(in[kBlockTable], {B, -1}, "(B, M)"));
+    OCTAVO_TRY(expect_shape(in[kSlotMapping], {T}, "(T)"));
+    OCTAVO_TRY(expect_shape(in[kParent], {T}, "(T)"));
+    if (in[kHeadSink].present()) OCTAVO_TRY(expect_shape(in[kHeadSink], {H}, "(H)"));
+    if (in[kAlibiSlopes].present()) OCTAVO_TRY(expect_shape(in[kAlibiSlopes], {H}, "(H)"));
+    OCTAVO_TRY(check_rotary(in, D));
+    *cache = {in[kKeyCache].type == ort::kFloat16 ? kCacheHalf : kCacheFloat, N, G, D, E, P, in[kKeyCache].data, in[kValueCache].data};
+    *step = {T, B, in[kBlockTable].shape[1], N, P, heads_.window, in[kCosCache].present() ? in[kCosCache].shape[0] : -1,
+             in[kCumulative].as<std::int32_t>(), in[kPast].as<std::int32_t>(), in[kBlockTable].as<std::int32_t>(),
+             in[kSlotMapping].as<std::int32_t>(), in[kParent].as<std::int32_t>()};
+    return Status::ok();
+  }
+
+  Status check_rotary(const Tensor* in, std::int64_t D) const {
+    if (in[kCosCache].present() != in[kSinCache].present()) {
+      return Status::invalid("inputs 'cos_cache' and 'sin_cache' must be given together");
+    }
+    if (!in[kCosCache].present()) return Status::ok();
+    OCTAVO_TRY(expect_shape(in[kCosCache], {-1, -1}, "(C, r/2)"));
+    OCTAVO_TRY(expect_shape(in[kSinCache], {in[kCosCache].shape[0], in[kCosCache].shape[1]}, "(C, r/2)"));
+    if (in[kCosCache].shape[1] < 1 || 2 * in[kCosCache].shape[1] > D) {
+      return Status::invalid("input 'cos_cache' rotates %lld of %lld elements of a head", static_cast<long long>(2 * in[kCosCache].shape[1]),
+                             static_cast<long long>(D));
+    }
+    return Status::ok();
+  }
+
+  // Rotated and scaled queries into `query`, rotated keys and values into the cache.
+  Status append(Call& call, const Tensor* in, const PagedCache& cache, const StepInput& step_input, const Step& step, float* query) const {
+    constexpr std::int64_t rows_per_item = 8;  // several microseconds of work, far above the cost of taking an item
+    const std::int64_t T = step_input.T, D = cache.D, E = cache.E;
+    const Kernels& kernels = *call.kernels;
+    const std::int64_t half = in[kCosCache].present() ? in[kCosCache].shape[1] : 0;
+    const float scale = heads_.scale_for(D);
+    const auto row = [&](std::int64_t t) {
+      const std::int64_t at = step.ranges[t].position * half;
+      const Rotary rotary{half ? in[kCosCache].as<float>() + at : nullptr, half ? in[kSinCache].as<float>() + at : nullptr,
+                          static_cast<int>(half), interleaved_ == 1};
+      for (std::int64_t h = t * heads_.H; h < (t + 1) * heads_.H; ++h) {
+        kernels.rotate(in[kQuery].as<float>() + h * D, query + h * D, static_cast<int>(D), rotary, scale);
+      }
+      const std::int64_t slot = step_input.slots[t];
+      if (slot < 0) return;
+      for (std::int64_t g = 0; g < heads_.G; ++g) {
+        float key[kMaxHead];
+        kernels.rotate(in[kKey].as<float>() + (t * heads_.G + g) * D, key, static_cast<int>(D), rotary, 1.0f);
+        kernels.append_key[cache.type](key, static_cast<int>(D), cache.key_at(slot, g), cache.P);
+        kernels.append_value[cache.type](in[kValue].as<float>() + (t * heads_.G + g) * E, static_cast<int>(E), cache.value_at(slot, g));
+      }
+    };
+    return call.parallel.run(static_cast<std::size_t>((T + rows_per_item - 1) / rows_per_item), [&](std::size_t item, std::size_t) {
+      const std::int64_t begin = static_cast<std::int64_t>(item) * rows_per_item;
+      for (std::int64_t t = begin; t < T && t < begin + rows_per_item; ++t) row(t);
+    });
+  }
+
+  Heads heads_;
+  std::int64_t interleaved_ = 0;
+};
+
+}  // namespace
+
+const OpDefinition* paged_attention() {
+  static const OpDefinition op = define<PagedAttention>("PagedAttention", kInputs, kOutputs);
+  return &op;
+}
+
+}  // namespace octavo
