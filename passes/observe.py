@@ -374,12 +374,12 @@ class Observation:
             raise ObservationError(f"onnxruntime can't compute {names} at {probe}: {_first_line(error)}", probe=probe) from error
 
     def _open(self, values: Sequence[ir.Value], replace: Mapping[ir.Value, NDArray[Any]], probe: Probe) -> ConeRunner:
-        piece = cone(values, lambda value: value in replace or self._is_cut(value))
+        piece = cone(values, lambda value: value in replace or self.is_dims(value))
         types: dict[ir.Value, tuple[ir.DataType, int | None]] = {}
         for leaf in piece.leaves:
             if leaf in replace:
                 types[leaf] = (ir.DataType.from_numpy(replace[leaf].dtype), replace[leaf].ndim)
-            elif self._is_cut(leaf):
+            elif self.is_dims(leaf):
                 types[leaf] = (ir.DataType.INT64, None)
             elif self.kind(leaf) == "data":
                 raise ObservationError(f"{', '.join(str(v.name) for v in values)} follows from the content of {leaf.name}")
@@ -392,8 +392,8 @@ class Observation:
             names = ", ".join(str(value.name) for value in values)
             raise ObservationError(f"onnxruntime can't open the cone of {names}: {_first_line(error)}", probe=probe) from error
 
-    def _is_cut(self, value: ir.Value) -> bool:
-        """The dims of an activation: answered from the formulas, so that nothing behind them has to run."""
+    def is_dims(self, value: ir.Value) -> bool:
+        """Whether `value` is the Shape or Size of data: answered from the formulas, so that nothing behind it has to run."""
         node = value.producer()
         if node is None or node.op_type not in ("Shape", "Size") or node.domain not in ("", "ai.onnx"):
             return False
