@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import reduce
 from typing import Any
 
 import jinja2
@@ -26,6 +27,8 @@ MAX_STEPS = 200_000     # loop rounds and calls of one rendering
 _PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"})
 _PADDING_FILTERS = ("center", "indent", "format", "wordwrap", "xmlattr", "pprint")
 _TICK = "__step"
+# What a template, or our sandbox, raises out of a template that goes wrong.
+_FAILURES = (jinja2.TemplateError, RecursionError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 
 
 class ChatTemplate:
@@ -53,7 +56,7 @@ class ChatTemplate:
                 if size > MAX_SIZE:
                     raise SecurityError(f"it writes more than {MAX_SIZE:,} characters")
                 parts.append(part)
-        except (jinja2.TemplateError, RecursionError, MemoryError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except _FAILURES as error:
             raise RequestError(f"the chat template failed: {error}", hint="check roles and contents of the messages") from error
         return "".join(parts)
 
@@ -69,20 +72,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in _PADDING_FILTERS:
             self.filters.pop(name)
         self.filters["tojson"] = _tojson
-        self.filters["replace"] = lambda text, old, new, count=None: self._replace(str(text), str(old), str(new), -1 if count is None else count)
+        self.filters["replace"] = lambda text, old, new, count=-1: self._replace(str(text), str(old), str(new), count)
         self.filters["join"] = self._join
         self.globals = {
             "range": self._range, "namespace": self.globals["namespace"], "dict": dict, _TICK: self._tick,
             "raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form),
         }
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self._tick()
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str) and name == "replace":
             return self._replace(owner, *args, **kwargs)
         if isinstance(owner, str) and name == "join":
-            return self._join(*args, d=owner)
+            return self._join(args[0], owner)
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -141,10 +144,8 @@ class _Bounded(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        first, *rest = (nodes.Filter(item, "string", [], [], None, None, lineno=node.lineno) for item in node.nodes)
-        for item in rest:
-            first = nodes.Add(first, item, lineno=node.lineno)
-        return first
+        texts: list[nodes.Expr] = [nodes.Filter(item, "string", [], [], None, None, lineno=node.lineno) for item in node.nodes]
+        return reduce(lambda left, right: nodes.Add(left, right, lineno=node.lineno), texts)
 
 
 def _tick() -> nodes.Node:
@@ -170,7 +171,8 @@ def _bits(value: Any) -> int:
 
 def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, separators: Any = None, sort_keys: bool = False) -> str:
     """As the field's templates expect it: no HTML escapes."""
-    return json.dumps(value, indent=None if indent is None else min(indent, 8), ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
+    indent = None if indent is None else min(indent, 8)
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> str:

@@ -6,6 +6,8 @@ and value go, `block_table.{g}[b]` where the keys it sees lie (docs/reference/gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -116,7 +118,7 @@ class _Feed:
         wanted = {port.name for port in session.get_inputs()}
         if unknown := wanted - sizes.keys() - caches.keys():
             raise ArtifactError(f"the graph has an input {min(unknown)!r} that no paged decoder has", hint="compile the model again")
-        self._buffers = {name: np.zeros(size, dtype) for name, (size, dtype) in sizes.items() if name in wanted}
+        self._buffers: dict[str, NDArray[Any]] = {name: np.zeros(size, dtype) for name, (size, dtype) in sizes.items() if name in wanted}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._io = session.io_binding()
         for name, value in caches.items():
