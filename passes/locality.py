@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +20,11 @@ from .attention.site import AttentionSite
 from .extract import cone
 from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
+from .positions import position_sources, situations
 from .token_axis import Dims, Sideways, TokenAxis, View, for_one_sequence, token_dimension
 from .token_rules import RULES
+
+Layout = Literal["BHSD", "BSH"]
 
 # Inputs that say what shape to give: they may follow S, and what comes of them is seen in the result's shape.
 _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("Slice", 1), ("Slice", 2)}
@@ -29,8 +32,8 @@ _TARGETS = {("Reshape", 1), ("Expand", 1), ("Tile", 1), ("Slice", 1), ("Slice", 
 
 @dataclass(frozen=True)
 class Locality:
-    """`refusals` is empty where the proof holds. `positional` are the structural values with a row per token that enter outside the masks,
-    rotary tables of the sites among them; `axes` tells where the tokens of each data value lie.
+    """`refusals` is empty where the proof holds. `positional` are the structural values with a row per token that enter outside the sites;
+    `axes` tells where the tokens of each data value lie.
     """
 
     refusals: tuple[Refusal, ...]
@@ -38,23 +41,34 @@ class Locality:
     axes: dict[ir.Value, TokenAxis]
 
 
-def prove_local(model: ir.Model, observation: Observation, sites: Sequence[AttentionSite]) -> tuple[Refusal, ...]:
-    """Why the graph is not token-local outside `sites`; empty where it is proved to be. Rows of structural values are not judged here."""
-    return trace_tokens(model, observation, sites).refusals
+def prove_local(observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = ()) -> tuple[Refusal, ...]:
+    """Why the observed graph is not token-local outside `sites`, with rows of structural values that follow from the position alone; empty
+    where it is proved to be. Of the sites in `folded` the rotary embedding belongs to the site, of others it is part of the graph.
+    """
+    traced = trace_tokens(observation, sites, folded=folded)
+    sources = position_sources(observation, traced.positional)
+    return (*traced.refusals, sources) if isinstance(sources, Refusal) else traced.refusals
 
 
-def trace_tokens(model: ir.Model, observation: Observation, sites: Sequence[AttentionSite]) -> Locality:
-    """Follows the token axis through the whole graph. `observation` is of `model` as it is now."""
-    return _Trace(model, observation, sites).run()
+def trace_tokens(observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = ()) -> Locality:
+    """Follows the token axis through the whole graph. Rows of structural values are not judged here, but handed on."""
+    return _Trace(observation, sites, folded).run()
 
 
 class _Trace:
     """One proof. A value without an axis that is data was refused, or follows from one that was: each cause is reported once."""
 
-    def __init__(self, model: ir.Model, observation: Observation, sites: Sequence[AttentionSite]) -> None:
-        self.model = model
+    def __init__(self, observation: Observation, sites: Sequence[AttentionSite], folded: Sequence[AttentionSite]) -> None:
+        self.model = observation.model
         self.observation = observation
-        self.sites = sites
+        self.starts = [(site.output, site.output_layout) for site in sites]
+        self.ends: list[tuple[ir.Value, Layout]] = []
+        for site in sites:
+            if site in folded:
+                self.ends += [(site.query, site.query_layout), (site.key, site.key_layout)]
+            else:
+                self.ends += [(site.turned_query, site.turned_query_layout), (site.turned_key, site.turned_key_layout)]
+            self.ends.append((site.value, site.value_layout))
         self.axes: dict[ir.Value, TokenAxis] = {}
         self.refusals: list[Refusal] = []
         self.positional: dict[ir.Value, None] = {}
@@ -64,19 +78,20 @@ class _Trace:
         for port in self.observation.interface.inputs:
             if port.role == "input_ids":
                 self.axes[next(value for value in self.model.graph.inputs if value.name == port.name)] = TokenAxis(1)
-        for site in self.sites:
-            self.axes[site.output] = _place(site.output_layout)
-        ends = [value for value in self.model.graph.outputs if self._is_logits(value)]
-        ends += [value for site in self.sites for value in (site.query, site.key, site.value)]
-        if not any(self._is_logits(value) for value in ends):
+        for value, layout in self.starts:
+            try:
+                self.axes[value] = self._where(value, layout)
+            except Sideways as found:
+                self.refusals.append(Refusal(found.reason, str(value.name), found.nearest))
+        logits = [value for value in self.model.graph.outputs if self._is_logits(value)]
+        if not logits:
             self.refusals.append(Refusal("the graph has no logits", "outputs"))
-        for node in cone(ends, lambda value: value in self.axes or self.observation.kind(value) != "data").nodes:
+        ends = [*self.ends, *((value, "BSH") for value in logits)]
+        starts = set(self.axes)
+        for node in cone([value for value, _ in ends], lambda value: value in starts or self.observation.kind(value) != "data").nodes:
             self._node(node)
-        for value in ends:
-            self._end(value)
-        for site in self.sites:
-            for value in (site.rotary.cos, site.rotary.sin) if site.rotary else ():
-                self.positional[value] = None
+        for value, layout in ends:
+            self._end(value, layout)
         self._check_fixed()
         return Locality(tuple(self.refusals), tuple(self.positional), self.axes)
 
@@ -149,16 +164,27 @@ class _Trace:
             raise Sideways("its result has no row for each token", f"expected {axis}, found [{', '.join(map(str, dims))}]")
         self.axes[value] = axis
 
-    def _end(self, value: ir.Value) -> None:
+    def _where(self, value: ir.Value, layout: Layout) -> TokenAxis:
+        """Where a value of this layout has its tokens: [B, heads, S, D], or elements in the order (B, S, …) whatever the shape."""
+        dims = self._dims(value)
+        place = token_dimension(dims)
+        if place is None or (layout == "BHSD" and (place != 2 or len(dims) != 4 or dims[2].factor != 1)):
+            raise Sideways(f"it has no rows in layout {layout}", f"shape [{', '.join(map(str, dims))}]")
+        if layout == "BSH" and any(dim.factor != 1 for dim in dims[:place]):
+            raise Sideways("tokens are not its outermost dimension", f"shape [{', '.join(map(str, dims))}]")
+        return TokenAxis(place, 1, dims[place].factor)
+
+    def _end(self, value: ir.Value, layout: Layout) -> None:
         if value not in self.axes:
             if not self.refusals:  # a graph input, or not data at all: nothing before it was refused
                 self.refusals.append(Refusal("it does not follow from the tokens", str(value.name)))
             return
-        expected = [TokenAxis(1)] if self._is_logits(value) else []
-        expected += [_place(site.layout) for site in self.sites if value in (site.query, site.key, site.value)]
-        if any(self.axes[value] != axis for axis in expected):
-            nearest = f"{self.axes[value]}, expected {expected[0]}"
-            self.refusals.append(Refusal("tokens are not where they belong", str(value.name), nearest))
+        try:
+            expected = self._where(value, layout)
+            if self.axes[value] != expected:
+                raise Sideways("tokens are not where they belong", f"{self.axes[value]}, expected {expected}")
+        except Sideways as found:
+            self.refusals.append(Refusal(found.reason, str(value.name), found.nearest))
 
     def _check_fixed(self) -> None:
         """Structural values without rows must be the same at all lengths and masks: a scale by √S, or a bound P, looks sideways."""
@@ -174,22 +200,6 @@ class _Trace:
 
     def _inputs(self, node: ir.Node) -> str:
         return ", ".join(str(self.axes[value]) for value in node.inputs if value is not None and value in self.axes)
-
-
-def _place(layout: str) -> TokenAxis:
-    return TokenAxis(2 if layout == "BHSD" else 1)
-
-
-def situations(observation: Observation) -> tuple[Probe, ...]:
-    """Lengths and, where the graph takes one, masks with padding: what must not change a value that is called fixed."""
-    shapes = ((3, 5), (5, 2), (1, 11), (7, 0)) if observation.cached else ((3, 0), (5, 0), (1, 0), (8, 0))
-    probes = [Probe(1, *shape) for shape in shapes]
-    if observation.interface.input("attention_mask"):
-        for length, past in shapes[:2]:
-            mask = np.ones((1, past + length), np.int64)
-            mask[0, : (past + length) // 2] = 0
-            probes.append(Probe(1, length, past, attention_mask=mask))
-    return tuple(probes)
 
 
 def _differing(observation: Observation, values: Sequence[ir.Value]) -> Iterable[tuple[ir.Value, Probe]]:

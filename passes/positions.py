@@ -15,7 +15,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .extract import cone
-from .locality import situations
 from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
 from .token_axis import Sideways, for_one_sequence, token_dimension
@@ -39,31 +38,39 @@ class PositionSource:
     dtype: ir.DataType
 
 
-@dataclass(frozen=True)
-class PositionSources:
-    """With all `sources` replaced, the values that were asked about follow from the position alone, and from nothing that a run decides."""
-
-    sources: tuple[PositionSource, ...]
-
-
-def position_sources(observation: Observation, values: Sequence[ir.Value], *, max_context: int = 1 << 13) -> PositionSources | Refusal:
-    """What to replace by positions so that each row of `values` (structural, one row per token) follows from its token's position alone.
+def position_sources(
+    observation: Observation, values: Sequence[ir.Value], *, max_context: int = 1 << 13,
+) -> dict[ir.Value, PositionSource] | Refusal:
+    """What to replace by positions so that each row of `values` (structural) follows from its token's position, and from nothing else.
 
     Decided by evaluation: of single positions, and of the same positions in other company, lengths, pasts and masks. Positions below
-    `max_context` around every constant in the cone are among them.
+    `max_context` around every constant in the cone are among them. Values that count no tokens have no rows, and are passed over.
     """
-    if not values:
-        return PositionSources(())
     try:
+        values = [value for value in values if _token_place(observation, value) is not None]
+        if not values:
+            return {}
         thresholds = _thresholds(observation, values, max_context)
         candidates = _positions_among(observation, values, thresholds)
         leaves = cone(values, lambda value: value in candidates or observation.is_dims(value)).leaves
-        sources = tuple(candidates[leaf] for leaf in leaves if leaf in candidates)
-        return _first_disagreement(observation, values, sources, thresholds) or PositionSources(sources)
+        sources = {leaf: candidates[leaf] for leaf in leaves if leaf in candidates}
+        return _first_disagreement(observation, values, tuple(sources.values()), thresholds) or sources
     except Sideways as found:
         return Refusal(found.reason, str(values[0].name), found.nearest)
     except ObservationError as error:
         return Refusal(f"positions can't be evaluated: {error.message}", str(values[0].name))
+
+
+def situations(observation: Observation) -> tuple[Probe, ...]:
+    """Lengths and, where the graph takes one, masks with padding: what must not change a value that is called fixed."""
+    shapes = ((3, 5), (5, 2), (1, 11), (7, 0)) if observation.cached else ((3, 0), (5, 0), (1, 0), (8, 0))
+    probes = [Probe(1, *shape) for shape in shapes]
+    if observation.interface.input("attention_mask"):
+        for length, past in shapes[:2]:
+            mask = np.ones((1, past + length), np.int64)
+            mask[0, : (past + length) // 2] = 0
+            probes.append(Probe(1, length, past, attention_mask=mask))
+    return tuple(probes)
 
 
 def _thresholds(observation: Observation, values: Sequence[ir.Value], max_context: int) -> tuple[int, ...]:
@@ -103,14 +110,19 @@ def _row(observation: Observation, value: ir.Value) -> int | None:
     """The token dimension of a structural integer value of shape [1…, S, …1]; None for others."""
     if observation.kind(value) != "structural" or (value.dtype is not None and not value.dtype.is_integer()):
         return None
-    dims = observation.dims(value)
     try:
-        place = None if dims is None else token_dimension(for_one_sequence(dims))
+        place = _token_place(observation, value)
     except Sideways:
         return None
-    if dims is None or place is None or any(dim.factor != 1 for dim in dims):
-        return None
-    return place
+    return place if place is not None and all(dim.factor == 1 for dim in observation.dims(value) or ()) else None
+
+
+def _token_place(observation: Observation, value: ir.Value) -> int | None:
+    """The dimension of `value` that counts tokens. Sideways where a length goes into its shape in any other way."""
+    dims = observation.dims(value)
+    if dims is None:
+        raise Sideways("its shape fits no formula in B, S, P and T", str(value.name))
+    return token_dimension(for_one_sequence(dims))
 
 
 def _first_disagreement(
@@ -140,8 +152,7 @@ def _rows(
     arrays = observation.evaluate(values, probe, replace=replace)
     rows = []
     for value, array in zip(values, arrays):
-        dims = observation.dims(value)
-        place = None if dims is None else token_dimension(for_one_sequence(dims))
+        place = _token_place(observation, value)
         if place is None or array.shape[place] != len(positions):
             raise Sideways("it has no row per token", f"shape {array.shape} for {len(positions)} tokens")
         rows.append(np.moveaxis(array, place, 0))
