@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..observe import Observation, ObservationError, Probe
 from .chain import LINEAR, MOVES, SCORES, Chain, Graph, passable
+from .fingerprint import Fingerprints
 
 Array = NDArray[Any]
 BHSD = "BHSD"
@@ -26,6 +27,7 @@ class Laboratory:
         batch = 2 if observation.batched else 1
         self.probes = (Probe(batch, 3, 5), Probe(1, 4, 2)) if observation.cached else (Probe(batch, 3, 0), Probe(1, 5, 0))
         self._sides: dict[Probe, dict[ir.Value, Array]] = {probe: {} for probe in self.probes}
+        self.fingerprints = Fingerprints(observation)
         self._fill()
 
     def _fill(self) -> None:
@@ -63,6 +65,13 @@ class Laboratory:
                 return chain.run(leaves, {side: self.side(side, probe) for side in chain.sides})
         except (ObservationError, ValueError, IndexError, TypeError):
             return None
+
+
+def fits_layout(shape: tuple[int, ...], layout: str, probe: Probe, heads: int, size: int) -> bool:
+    """Whether a value of this shape can have the layout: [B, heads, S, size], or [B, S] before anything of heads·size elements."""
+    if layout == BHSD:
+        return shape == (probe.batch, heads, probe.length, size)
+    return len(shape) > 2 and shape[:2] == (probe.batch, probe.length) and int(np.prod(shape[2:])) == heads * size
 
 
 def heads_first(array: Array, layout: str, probe_batch: int, heads: int, size: int) -> Array:

@@ -19,7 +19,6 @@ import onnx_ir as ir
 from ..observe import ObservationError, Probe
 from ..outcome import Refusal
 from .chain import MOVES, Chain
-from .fingerprint import Fingerprints
 from .laboratory import Array, Laboratory
 from .site import Mask
 
@@ -172,7 +171,7 @@ class MaskProver:
         self._lab = lab
         self._max_context = max_context
         self._candidates = candidates
-        self._prints = Fingerprints(lab.observation)
+        self._prints = lab.fingerprints
         self._proved: dict[str, Mask | Refusal] = {}
 
     def prove(self, source: MaskSource, where: str) -> Mask | Refusal:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..observe import Observation, Probe
 from ..outcome import Refusal
 from .chain import MOVES, PROBABILITIES, SCORES, Chain, attribute
-from .laboratory import BHSD, BSH, Array, Laboratory
+from .laboratory import BHSD, BSH, Array, Laboratory, fits_layout
 from .masks import HIDDEN, MaskProver, MaskSource
 from .operands import Canon, Operand, find_operand, grown_cache
 from .rotary import Rotation
@@ -166,7 +166,10 @@ class _Matcher:
             cache = self._op_cache(node, past_key, past_value, where)
             if isinstance(cache, Refusal):
                 return cache
-        output, layout, behind = self._output(node.outputs[0], heads[0], sizes[2], BHSD if len(shapes[0]) == 4 else BSH)  # type: ignore[arg-type]
+        end = self._output(node.outputs[0], heads[0], sizes[2], BHSD if len(shapes[0]) == 4 else BSH)  # type: ignore[arg-type]
+        if end is None:
+            return Refusal("the attention's result is in no known layout", where, f"output: {node.outputs[0].name}")
+        output, layout, behind = end
         scale = attribute(node, "scale", 0.0) or 1 / float(np.sqrt(sizes[0]))
         source = MaskSource(heads[0], operand=mask, is_causal=bool(attribute(node, "is_causal", 0)), cached_in_op=cache is not None)
         canons = tuple(_op_canon(len(shape) == 4, n, heads[0], size) for shape, n, size in zip(shapes, heads, sizes))  # type: ignore[arg-type]
@@ -267,7 +270,10 @@ class _Matcher:
             return np.broadcast_to(array, (*shape[:-2], *array.shape[-2:])).reshape(p.batch, heads, *array.shape[-2:])
 
         canons: tuple[Canon, Canon, Canon] = (lead, lambda array, p: lead(array.swapaxes(-1, -2), p), lead)
-        output, layout, behind = self._output(product.outputs[0], heads, value_size, BHSD)
+        end = self._output(product.outputs[0], heads, value_size, BHSD)
+        if end is None:
+            return Refusal("the attention's result is in no known layout", where, f"output: {product.outputs[0].name}")
+        output, layout, behind = end
         nodes = (first, *before.nodes, node, *after.nodes, product, *behind)
         source = MaskSource(heads, chain=before)
         return _Core(where, query, key, value, canons, heads, (size, value_size), score[0], score[1], source, output, layout, nodes)
@@ -296,11 +302,11 @@ class _Matcher:
             seen = np.flatnonzero(zero > HIDDEN)
             if seen.size == 0:
                 return f"every key is hidden at {probe}"
-            cap = float((huge - zero)[seen[0]])
+            cap = float(huge[seen[0]] - zero[seen[0]])
             softcap = cap if cap < 1e20 else 0.0
             small = at(np.full(1, 1e-3)) if softcap else one
             assert small is not None
-            scale = float((small - zero)[seen[0]]) / (1e-3 if softcap else 1.0)
+            scale = float(small[seen[0]] - zero[seen[0]]) / (1e-3 if softcap else 1.0)
             random = np.random.default_rng(2).standard_normal(shape).astype(np.float32) * 30
             out = at(random)
             scaled = random.reshape(-1) * scale
@@ -311,26 +317,51 @@ class _Matcher:
                 return f"expected scale {scale:g} and softcap {softcap:g} at {probe}, found other scores"
         return scale, softcap
 
-    def _output(self, value: ir.Value, heads: int, size: int, layout: str) -> tuple[ir.Value, str, tuple[ir.Node, ...]]:
-        """The last value behind the product that is only a movement of it, in a layout we know: what a lowering replaces."""
-        start, start_layout = value, layout
-        best, nodes = (value, layout), list[ir.Node]()
+    def _output(self, value: ir.Value, heads: int, size: int, start: str) -> tuple[ir.Value, str, tuple[ir.Node, ...]] | None:
+        """The last value behind the product that is only a movement of it, in a layout we know: what a lowering replaces.
+
+        The product itself lies in the order of layout `start`.
+        """
+        product, best = value, None
         while True:
-            uses = value.uses()
-            if len(uses) != 1 or value in self.outputs or uses[0].node.op_type not in MOVES or len(uses[0].node.outputs) != 1:
-                return *best, tuple(nodes)
-            value = uses[0].node.outputs[0]
-            chain = next((c for computed, c in self.lab.graph.walk(value, MOVES) if computed == (start,) and c.leaves == computed), None)
-            if chain is None:
-                return *best, tuple(nodes)
-            for layout in (BSH, BHSD):
-                if all(self._is_laid_out(chain, start_layout, layout, heads, size, probe) for probe in self.lab.probes):
-                    best, nodes = (value, layout), list(chain.nodes)
+            chain = next((c for computed, c in self.lab.graph.walk(value, MOVES) if computed == (product,) and c.leaves == computed), None)
+            for layout in (BSH, BHSD) if chain is not None else ():
+                assert chain is not None
+                if all(self._is_laid_out(chain, start, layout, heads, size, probe) for probe in self.lab.probes):
+                    best = (value, layout, chain.nodes)
                     break
+            following = self._only_user(value)
+            if following is None or following.op_type not in MOVES or len(following.outputs) != 1:
+                return best
+            value = following.outputs[0]
+
+    def _only_user(self, value: ir.Value) -> ir.Node | None:
+        """The node that alone reads `value`; nodes that only ask for its shape, on behalf of that node, don't count."""
+        if value in self.outputs:
+            return None
+        users = {use.node for use in value.uses()}
+        readers = {node for node in users if not (node.op_type == "Shape" and not self._is_data(node.outputs[0]))}
+        if len(readers) != 1:
+            return None
+        reader = next(iter(readers))
+        pending, seen = [output for node in users - readers for output in node.outputs], set[ir.Value]()
+        while pending:
+            size = pending.pop()
+            if size in self.outputs or len(seen) > 64:
+                return None
+            for use in size.uses():
+                if use.node is not reader and self._is_data(use.node.outputs[0]):
+                    return None
+                fresh = [output for output in use.node.outputs if use.node is not reader and output not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+        return reader
 
     def _is_laid_out(self, chain: Chain, start: str, layout: str, heads: int, size: int, probe: Probe) -> bool:
-        shape = self.lab.shape(chain.leaves[0], probe)
+        shape, end = self.lab.shape(chain.leaves[0], probe), self.lab.shape(chain.target, probe)
         if shape is None or int(np.prod(shape)) != probe.batch * heads * probe.length * size:
+            return False
+        if end is None or not fits_layout(end, layout, probe, heads, size):
             return False
         numbers = np.arange(int(np.prod(shape)))
         out = self.lab.run(chain, [numbers.reshape(shape)], probe)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from ..observe import Probe
 from ..outcome import Refusal
 from .chain import MOVES, SCALES, Chain
-from .laboratory import BHSD, BSH, Array, Laboratory, laid_out
+from .laboratory import BHSD, BSH, Array, Laboratory, fits_layout, laid_out
 from .rotary import Rotation, find_rotation
 
 Layout = Literal["BHSD", "BSH"]
@@ -122,7 +122,7 @@ def _place(
             probe.batch, heads, probe.length, size)
         cached = [] if past is None else [count + np.arange(np.prod(past_shape)).reshape(past_shape)]
         expected = np.repeat(np.concatenate([*cached, step], axis=2), num_heads // heads, axis=1)
-        if indices.shape == expected.shape and np.array_equal(indices, expected):
+        if fits_layout(shape, layout, probe, heads, size) and indices.shape == expected.shape and np.array_equal(indices, expected):
             return _Place(leaf, layout, heads, factor, past, chain.nodes)  # type: ignore[arg-type]
     return None
 

@@ -5,7 +5,7 @@ Everything about a site is named here, used by every lowering, or a reason to re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
@@ -53,10 +53,10 @@ class AttentionSite:
     """One attention: softmax(softcap(scale · q·kᵀ) + mask) · v.
 
     query, key, value   this step's tokens, before the cache and before any repetition of KV heads, each in its own layout: "BHSD" is
-                        [B, heads, S, D], "BSH" any shape whose elements lie in the order (B, S, heads, D). With `rotary`, query and key
+                        [B, heads, S, D], "BSH" is [B, S, …] with heads·D elements in that order behind. With `rotary`, query and key
                         are the values before it was applied.
     turned_query/_key   the same two after `rotary`; equal to query and key without one.
-    output              the value to replace, [B, H, S, E] or in the order (B, S, H, E) as `output_layout` says.
+    output              the value to replace, [B, H, S, E] or [B, S, …H·E] as `output_layout` says.
     scale               the factor on q·k, always explicit.
     nodes               what computes the site (for reports; dead-code elimination removes them).
     """
@@ -84,3 +84,9 @@ class AttentionSite:
     rotary: Rotary | None = None
     softcap: float = 0.0
     nodes: tuple[ir.Node, ...] = ()
+
+    def with_rotary_in_graph(self) -> AttentionSite:
+        """The same site for a lowering that leaves the rotary embedding where it is: its query and key are the turned ones."""
+        return replace(
+            self, query=self.turned_query, key=self.turned_key, query_layout=self.turned_query_layout, key_layout=self.turned_key_layout, rotary=None,
+        )

@@ -1,0 +1,101 @@
+"""Writing nodes into a graph: the few operators that lowerings need, with their constants shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .observe import Dim
+
+
+class Builder:
+    """Collects nodes and puts them before a place in `graph`. Equal constants become one initializer."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._nodes: list[ir.Node] = []
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    @contextmanager
+    def before(self, place: ir.Node) -> Iterator[None]:
+        """Nodes made inside go before `place`."""
+        yield
+        self._graph.insert_before(place, self._nodes)
+        self._nodes = []
+
+    @contextmanager
+    def after(self, place: ir.Node) -> Iterator[None]:
+        """Nodes made inside go after `place`."""
+        yield
+        self._graph.insert_after(place, self._nodes)
+        self._nodes = []
+
+    def op(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None, *, domain: str = "",
+        name: str = "", outputs: int = 1,
+    ) -> list[ir.Value]:
+        """A node and its outputs. Types are given where the operator keeps its first input's."""
+        attrs = [ir.convenience.convert_attribute(key, value) for key, value in (attributes or {}).items()]
+        node = ir.Node(domain, op_type, list(inputs), attrs, num_outputs=outputs, name=name or None)
+        self._nodes.append(node)
+        first = inputs[0]
+        if first is not None and first.type is not None:
+            node.outputs[0].type = first.type
+        return list(node.outputs)
+
+    def constant(self, array: NDArray[Any], hint: str) -> ir.Value:
+        """An initializer with these contents, named after `hint` and made once."""
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            name, number = hint, 0
+            while name in self._graph.initializers:
+                number += 1
+                name = f"{hint}.{number}"
+            tensor = ir.Tensor(array, name=name)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self._graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def integers(self, numbers: Sequence[int]) -> ir.Value:
+        """A vector of int64."""
+        return self.constant(np.array(numbers, np.int64), f"octavo.integers.{'_'.join(map(str, numbers))}")
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """`shape` has at most one −1."""
+        out = self.op("Reshape", [value, self.integers(shape)])[0]
+        out.shape = ir.Shape([None if size == -1 else size for size in shape])
+        return out
+
+    def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
+        return self.op("Transpose", [value], {"perm": list(order)})[0]
+
+    def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """`value` itself where it has that type already."""
+        if dtype is None or value.dtype == dtype:
+            return value
+        out = self.op("Cast", [value], {"to": int(dtype)})[0]
+        out.type = ir.TensorType(dtype)
+        return out
+
+    def sizes(self, ids: ir.Value, dims: Sequence[Dim], *, scalar: bool = False) -> ir.Value:
+        """An int64 vector of sizes, fixed or multiples of the number of tokens (the second dimension of `ids`)."""
+        assert all(dim.letters in ((), ("S",)) for dim in dims), f"sizes other than tokens: {dims}"
+        if not any(dim.letters for dim in dims):
+            array = np.array([dim.factor for dim in dims], np.int64)
+            return self.constant(array.reshape(()) if scalar else array, "octavo.sizes")
+        tokens = self.op("Shape", [ids], {"start": 1, "end": 2})[0]
+        tokens.type = ir.TensorType(ir.DataType.INT64)
+        parts = []
+        for dim in dims:
+            if not dim.letters:
+                parts.append(self.integers([dim.factor]))
+            else:
+                parts.append(tokens if dim.factor == 1 else self.op("Mul", [tokens, self.integers([dim.factor])])[0])
+        joined = parts[0] if len(parts) == 1 else self.op("Concat", parts, {"axis": 0})[0]
+        return self.op("Squeeze", [joined, self.integers([0])])[0] if scalar else joined
