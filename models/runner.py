@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,6 +42,7 @@ class Runner(Protocol):
 
     @property
     def kind(self) -> Kind: ...
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]: ...
     def predict(self, token_ids: Ids) -> NDArray[np.float32]: ...
     def begin_session(self) -> RunnerSession: ...
     def close(self) -> None: ...
