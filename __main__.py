@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -101,9 +101,8 @@ def compile_(
     """
     from . import CompileOptions, compile
 
-    options = CompileOptions(
-        kv_cache=_cache(kv_cache), masking=masking, max_context=max_context, paged=paged, flash_attention=flash_attention, strict=strict  # type: ignore[arg-type]
-    )
+    chosen: dict[str, Any] = {"kv_cache": False if kv_cache == "none" else kv_cache, "masking": masking, "max_context": max_context}
+    options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict)
     with _working(f"compiling {source}"):
         report = compile(source, out, options=options)
     _print(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
@@ -370,11 +369,7 @@ def _sampling(model: Model, **given: Any) -> SamplingParams:
 def _runtime(threads: int | None, memory: str | None) -> RuntimeOptions:
     from . import RuntimeOptions
 
-    return RuntimeOptions(**{name: value for name, value in {"threads": threads, "memory": memory}.items() if value is not None})  # type: ignore[arg-type]
-
-
-def _cache(given: str) -> Literal[False] | str:
-    return False if given == "none" else given
+    return RuntimeOptions(threads=threads, memory=memory)
 
 
 def _packaged_gguf() -> Path:
