@@ -68,7 +68,7 @@ def _octavo(
 
 @app.command("import", epilog="Example: octavo import model.gguf -o plain/")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .gguf file, or an .onnx file.")], *, out: Out, as_json: Json = False
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .gguf file.")], *, out: Out, as_json: Json = False
 ) -> None:
     """Turn a GGUF into plain ONNX.
 

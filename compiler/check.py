@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
@@ -28,7 +29,7 @@ from ..models.artifact import Artifact
 from ..models.onnx_reader import read_onnx, source_sha256
 from ..models.runner import Runner
 from ..passes.normalize import FoldDequantize
-from .check_cases import CASES, Case, Tokens, tokens_for
+from .check_cases import CASES, LONG, Case, Tokens, tokens_for
 from .check_inputs import seeded_inputs
 from .thresholds import Limits, quality, tight
 
@@ -118,29 +119,40 @@ def check(
     # A model that was compiled from memory has no hash to compare with.
     if manifest.source.sha256 and source_sha256(against) != manifest.source.sha256:
         notes.append(f"{against} is not the file that the artifact was compiled from ({manifest.source.name}, by its sha256).")
-    cases = _cases(opened, text, seed, notes)
     say("running the artifact")
-    ours = _run(load(opened.folder, True), cases, notes)
+    with closing(load(opened.folder, True)) as runner:
+        cases = _cases(opened, runner, text, seed, notes)
+        ours = _run(runner, cases, notes)
     cases = tuple(case for case in cases if case[0] in ours)
     with tempfile.TemporaryDirectory(prefix="octavo-check-") as scratch:
         say("dequantizing the source and running it without fusions")
-        reference = _run(load(dequantized(Path(against), Path(scratch)), False), cases, notes)
+        with closing(load(dequantized(Path(against), Path(scratch)), False)) as runner:
+            reference = _run(runner, cases, notes)
     results = [compare("reference", name, ours[name], rows, tight(manifest.spec)) for name, rows in reference.items()]
     del reference
     say("running the source as it stands")
-    original = _run(load(Path(against), True), cases, notes)
+    with closing(load(Path(against), True)) as runner:
+        original = _run(runner, cases, notes)
     results += [compare("original", name, ours[name], rows, quality(manifest.thresholds)) for name, rows in original.items()]
     return CheckReport(str(artifact), str(against), manifest.kind, tuple(results), tuple(dict.fromkeys(notes)))
 
 
-def _cases(artifact: Artifact, text: str | None, seed: int, notes: list[str]) -> tuple[_Case, ...]:
+def _cases(artifact: Artifact, runner: Runner, text: str | None, seed: int, notes: list[str]) -> tuple[_Case, ...]:
     """A decoder goes through the CASES; any other graph through its own inputs and outputs."""
-    spec = artifact.manifest.spec
-    if spec is not None:
-        tokens = tokens_for(artifact.folder, spec.vocab_size, spec.max_context, text=text, seed=seed)
-        return tuple((case.name, partial(_logits, case, tokens)) for case in CASES)
-    notes.append("The graph is no decoder: its outputs were compared on seeded inputs.")
-    return tuple((f"run, {size} long", partial(_outputs, seeded_inputs(artifact.manifest.interface, size, seed))) for size in (7, 40))
+    manifest = artifact.manifest
+    if manifest.spec is not None:
+        vocab_size, max_context = manifest.spec.vocab_size, manifest.spec.max_context
+    else:
+        # A graph that was not rewritten has no spec; whether it is a decoder, and of what width, it shows by being one.
+        try:
+            vocab_size = runner.predict([0]).shape[-1]
+        except UnsupportedError:
+            notes.append("The graph is no decoder: its outputs were compared on seeded inputs.")
+            return tuple((f"run, {size} long", partial(_outputs, seeded_inputs(manifest.interface, size, seed))) for size in (7, 40))
+        stated = [int(decision.value) for decision in manifest.decisions if decision.feature == "max_context" and decision.value.isdigit()]
+        max_context = min(stated, default=LONG)
+    tokens = tokens_for(artifact.folder, vocab_size, max_context, text=text, seed=seed)
+    return tuple((case.name, partial(_logits, case, tokens)) for case in CASES)
 
 
 def dequantized(source: Path, folder: Path) -> Path:
@@ -184,9 +196,7 @@ def _run(runner: Runner, cases: tuple[_Case, ...], notes: list[str]) -> dict[str
     except UnsupportedError as e:
         if not found:
             raise
-        notes.append(f"Only {', '.join(found)} compared: {e}")
-    finally:
-        runner.close()
+        notes.append(f"Compared on {', '.join(found)} only: {e}")
     return found
 
 
