@@ -93,8 +93,9 @@ def source_sha256(source: str | os.PathLike[str]) -> str:
 def _located(path: Path) -> list[tuple[str, Path]]:
     """(location, file) for each data file of the model at `path`, sorted by location, all entries validated."""
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            entries = read_entries(view)
+        with path.open("rb") as stream:
+            # The map goes when its last view goes: an error on its way out still holds views, so it can't be closed here.
+            entries = read_entries(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except ModelError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
     except OSError as error:
