@@ -9,4 +9,6 @@ from .results import Completion, Piece, Result, TokenLogprob, Usage
 from .sampling import SamplingParams
 from .session import Sequence, Session
 
-__all__ = ["Completion", "Model", "Piece", "Result", "RuntimeOptions", "SamplingParams", "Sequence", "Session", "TokenLogprob", "Usage", "load"]
+__all__ = [
+    "Completion", "Model", "Piece", "Result", "RuntimeOptions", "SamplingParams", "Sequence", "Session", "TokenLogprob", "Usage", "load",
+]

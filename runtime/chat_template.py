@@ -1,7 +1,7 @@
 """Renders a model's chat template: somebody else's program, so in jinja2's sandbox, with bounds on steps and on every size it can reach.
 
-The sandbox keeps a template from Python's internals. What it does not bound, this does: loop rounds and calls are counted, sums, products and
-concatenations are measured before they are made, and the string methods and filters that pad to any width are gone.
+The sandbox keeps a template from Python's internals. What it does not bound, this does: loop rounds and calls are counted, sums, products
+and concatenations are measured before they are made, and the string methods and filters that pad to any width are gone.
 """
 
 from __future__ import annotations

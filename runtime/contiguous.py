@@ -116,13 +116,16 @@ class ContiguousExecutor:
         return int(logits.shape[-1])
 
 
+_FED = ("input_ids", "position_ids", "attention_mask", "past_key", "past_value")
+
+
 def why_not_a_decoder(interface: GraphInterface) -> str:
     """What keeps a graph from being driven as a decoder, or ""."""
     if interface.output("logits") is None:
         return "it has no logits"
     if interface.input("input_ids") is None:
         return "none of its inputs is known to be the token ids"
-    unknown = [port.name for port in interface.inputs if port.role not in ("input_ids", "position_ids", "attention_mask", "past_key", "past_value")]
+    unknown = [port.name for port in interface.inputs if port.role not in _FED]
     if unknown:
         return f"nothing tells what to feed to its input {unknown[0]!r}"
     for port in interface.inputs:

@@ -132,7 +132,10 @@ class Engine:
                 self._accept(request, part, outcome)
 
     def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Rows | OctavoError]]:
-        """Each request with its logits, or with what went wrong. A step of several that fails is done again one by one: only the culprit ends."""
+        """Each request with its logits, or with what went wrong.
+
+        A step of several that fails is done again one by one, so that only the culprit ends.
+        """
         plan = schedule.plan
         if not plan.slices:
             return

@@ -21,8 +21,8 @@ MAX_STEP_TOKENS = 512
 class Executor(Protocol):
     """Owns the caches of all sequences of a model, and the onnxruntime session that fills them. Used by one thread at a time.
 
-    `vocab_size` is V; `max_context` the longest sequence the graph can express (None: unknown); `max_cached` the most tokens of one sequence
-    that the cache can ever hold (None: no limit of its own).
+    `vocab_size` is V; `max_context` the longest sequence the graph can express (None: unknown); `max_cached` the most tokens of one
+    sequence that the cache can ever hold (None: no limit of its own).
     """
 
     limits: Limits
@@ -47,7 +47,7 @@ class Executor(Protocol):
         ...
 
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
-        """Promises the memory for caching up to `stop` tokens, in place of an earlier promise; False, and no promise, where there is none."""
+        """Promises the memory for caching up to `stop` tokens, in place of an earlier promise; False, and no promise, where it lacks."""
         ...
 
     def unreserve(self, sequence: SequenceState) -> None: ...
@@ -71,7 +71,8 @@ def step_error(error: Exception) -> Exception:
     """What a failed run is raised as: our own errors and broken invariants as they are, all else as a StepError."""
     if isinstance(error, OctavoError | AssertionError):
         return error
-    return StepError(f"a step failed: {type(error).__name__}: {str(error).strip()}", hint="it was rolled back; model.decisions has the record")
+    cause = f"{type(error).__name__}: {str(error).strip()}"
+    return StepError(f"a step failed: {cause}", hint="it was rolled back; model.decisions has the record")
 
 
 def as_logits(value: Any) -> Rows:

@@ -10,6 +10,7 @@ from ..errors import LibraryError, ModelError, OptionError
 from ..models.artifact import GRAPH, WEIGHTS, Artifact, Manifest
 from ..models.external_data import check_external_paths, model_file, source_sha256
 from ..models.interface import GraphInterface
+from ..models.spec import Kind
 from .config import RuntimeOptions
 from .contiguous import ContiguousExecutor, why_not_a_decoder
 from .decisions import DecisionLog
@@ -44,7 +45,8 @@ def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None,
         return _load_artifact(artifact, options)
     except LibraryError as error:
         if source is None:
-            raise LibraryError(error.message, hint=f'{error.hint or "see octavo doctor"}; load(…, source="model.onnx") runs the source instead') from error
+            hint = f'{error.hint or "see octavo doctor"}; load(…, source="model.onnx") runs the source instead'
+            raise LibraryError(error.message, hint=hint) from error
         return _load_source(artifact, Path(source), options, error)
 
 
@@ -60,7 +62,7 @@ def _load_artifact(artifact: Artifact, options: RuntimeOptions) -> Model:
     else:
         bound = None if manifest.spec is None else manifest.spec.max_context
         executor = _contiguous(manifest.interface, session, options, log, bound or _context_bound(artifact.folder, log))
-    return _model(manifest.kind, session, manifest.interface, executor, log, artifact.folder, model_bytes)
+    return _model(manifest.kind, session, manifest.interface, executor, log=log, folder=artifact.folder, model_bytes=model_bytes)
 
 
 def _load_graph(path: Path, options: RuntimeOptions, log: DecisionLog, *, tokenizer_folder: Path) -> Model:
@@ -71,7 +73,7 @@ def _load_graph(path: Path, options: RuntimeOptions, log: DecisionLog, *, tokeni
     log.load("kind", "baseline", "a graph that was not compiled runs as it stands", where=path.name)
     interface = session_interface(session)
     executor = _contiguous(interface, session, options, log, _context_bound(tokenizer_folder, log))
-    return _model("baseline", session, interface, executor, log, tokenizer_folder, file_bytes(path, *data))
+    return _model("baseline", session, interface, executor, log=log, folder=tokenizer_folder, model_bytes=file_bytes(path, *data))
 
 
 def _load_source(artifact: Artifact, source: Path, options: RuntimeOptions, error: LibraryError) -> Model:
@@ -93,7 +95,10 @@ def _paged(manifest: Manifest, session: Any, options: RuntimeOptions, log: Decis
     return PagedExecutor(session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, batching=options.batching)
 
 
-def _contiguous(interface: GraphInterface, session: Any, options: RuntimeOptions, log: DecisionLog, max_context: int | None) -> Executor | str:
+def _contiguous(
+    interface: GraphInterface, session: Any, options: RuntimeOptions, log: DecisionLog, max_context: int | None,
+) -> Executor | str:
+    """An executor, or what keeps the graph from being a decoder."""
     if why := why_not_a_decoder(interface):
         log.load("decoder", "off", f"run() only: {why}")
         return why
@@ -106,13 +111,16 @@ def _contiguous(interface: GraphInterface, session: Any, options: RuntimeOptions
     return executor
 
 
-def _model(kind: Any, session: Any, interface: GraphInterface, executor: Executor | str, log: DecisionLog, folder: Path, model_bytes: int) -> Model:
+def _model(
+    kind: Kind, session: Any, interface: GraphInterface, executor: Executor | str, *, log: DecisionLog, folder: Path, model_bytes: int,
+) -> Model:
+    """The model, with tokenizer and defaults out of `folder`."""
     config = read_json(folder / "generation_config.json")
     params = SamplingParams()
     try:
         params = default_params(config)
         if params != SamplingParams():
-            log.load("sampling defaults", "generation_config.json", "used where no SamplingParams are given", where="generation_config.json")
+            log.load("sampling defaults", "the model's", "used where no SamplingParams are given", where="generation_config.json")
     except OptionError as error:
         log.load("sampling defaults", "standard", f"generation_config.json is out of range: {error}", where="generation_config.json")
     return Model(
@@ -132,4 +140,5 @@ def _context_bound(folder: Path, log: DecisionLog) -> int | None:
 
 
 def _record_threads(log: DecisionLog, options: RuntimeOptions) -> None:
-    log.load("threads", str(options.num_threads), "threads= was given" if options.threads is not None else "the CPUs that this process may use")
+    reason = "threads= was given" if options.threads is not None else "the CPUs that this process may use"
+    log.load("threads", str(options.num_threads), reason)

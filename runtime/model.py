@@ -62,11 +62,16 @@ class Model:
         """The engine behind sessions and generations; UnsupportedError where the graph is no decoder."""
         self.check_open()
         if self._engine is None:
-            raise UnsupportedError(f"this model can't be driven as a decoder: {self._no_decoder}", hint="model.run feeds its inputs by name")
+            message = f"this model can't be driven as a decoder: {self._no_decoder}"
+            raise UnsupportedError(message, hint="model.run feeds its inputs by name")
         return self._engine
 
     def stats(self) -> dict[str, int]:
-        """Counters and sizes now: blocks_*, cache_bytes and block_copies (paged); sequences, steps, tokens, forks, …; model_bytes of files."""
+        """Counters and sizes now.
+
+        blocks_total, _free, _used, _shared (of used), _reserved (of free), block_copies, cache_bytes (`paged` only); sequences (open),
+        steps, tokens (computed), forks, failed_steps, preemptions, requests_waiting, requests_running; model_bytes (files).
+        """
         self.check_open()
         if self._engine is None:
             return {"model_bytes": self._model_bytes}
@@ -90,10 +95,8 @@ class Model:
         """The graph's own inputs to its own outputs, by name. UnsupportedError where compiling has replaced them (kind "paged")."""
         self.check_open()
         if self._kind == "paged":
-            raise UnsupportedError(
-                'a "paged" model has no inputs and outputs of its own', hint='predict, sessions and generate drive it; the kinds "contiguous", '
-                '"stateless" and "baseline" have run',
-            )
+            hint = 'predict, sessions and generate drive it; the kinds "contiguous", "stateless" and "baseline" have run'
+            raise UnsupportedError('a "paged" model has no inputs and outputs of its own', hint=hint)
         names = {port.name for port in self._interface.inputs}
         if set(inputs) != names:
             off = sorted(set(inputs) ^ names)
@@ -193,12 +196,14 @@ class Model:
         length = len(ids)
         check_length(self.engine, length)
         if executor.max_context is not None and length >= executor.max_context:
-            raise CapacityError(f"a prompt of {length} tokens leaves no room in the model's context of {executor.max_context}", hint="shorten it")
+            message = f"a prompt of {length} tokens leaves no room in the model's context of {executor.max_context}"
+            raise CapacityError(message, hint="shorten it")
         # The last token sampled is never computed: it needs no slot.
         if params.max_tokens is not None and executor.max_context is not None:
             check_length(self.engine, min(length + params.max_tokens - 1, executor.max_context))
-        limits = [params.max_tokens, executor.max_context and executor.max_context - length, executor.max_cached and executor.max_cached - length + 1]
-        known = [limit for limit in limits if limit is not None]
+        by_context = None if executor.max_context is None else executor.max_context - length
+        by_cache = None if executor.max_cached is None else executor.max_cached - length + 1
+        known = [limit for limit in (params.max_tokens, by_context, by_cache) if limit is not None]
         if not known:
             raise RequestError("nothing bounds the completion: the model's context is not known", hint="give max_tokens")
         eos = frozenset() if params.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids

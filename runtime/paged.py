@@ -101,7 +101,7 @@ def _blocks(sequence: SequenceState) -> SequenceBlocks:
 
 
 class _Feed:
-    """The session's inputs and outputs: caches bound once, small integers in buffers of the largest size, rebound only when a shape changes."""
+    """The session's inputs and outputs: caches bound once, small integers in buffers of the largest size, rebound when a shape changes."""
 
     def __init__(self, session: ort.InferenceSession, spec: ModelSpec, store: BlockStore, limits: Limits, block_size: int) -> None:
         assert limits.max_tokens is not None

@@ -69,7 +69,7 @@ class AppendRequest(Request):
 
 @dataclass(eq=False)
 class Generation:
-    """All completions of one prompt. `pieces` is what a stream has not yet taken; with `n` > 1 the requests after the first are its forks."""
+    """All completions of one prompt. `pieces` is what a stream has not yet taken; the requests after the first are its forks."""
 
     prompt: tuple[int, ...]
     params: SamplingParams

@@ -67,7 +67,8 @@ class Result:
 class Piece:
     """What one step added to completion `index`. The pieces' texts and token_ids, joined, are the completion's.
 
-    `text` can be "" while a character is incomplete or a stop string possible. The last piece has the finish_reason (and may have no token).
+    `text` can be "" while a character is incomplete or a stop string possible. A completion's last piece has the finish_reason; after an
+    error it has no token.
     """
 
     index: int

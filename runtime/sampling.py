@@ -95,9 +95,10 @@ class SamplingParams:
 
 
 def sample(
-    logits: Row, params: SamplingParams, *, prompt: NDArray[np.int64], output: NDArray[np.int64], banned: tuple[int, ...], seed: int, completion: int,
+    logits: Row, params: SamplingParams, *, prompt: NDArray[np.int64], output: NDArray[np.int64], banned: tuple[int, ...], seed: int,
+    completion: int,
 ) -> int:
-    """The next token. `logits` (V) is not changed; `banned` ids can't be drawn; token index = len(output). Raises ValueError if nothing can be."""
+    """The next token, of index len(output). `logits` (V) is not changed; `banned` ids can't be drawn. ValueError if nothing can be."""
     scores = adjust(logits, params, prompt=prompt, output=output, banned=banned)
     if params.temperature == 0:
         token = int(scores.argmax())

@@ -165,7 +165,8 @@ class Sequence:
         params = self._model.default_params if params is None else params
         if params.n > 1 or params.prompt_logprobs is not None:
             what = "n > 1" if params.n > 1 else "prompt_logprobs"
-            raise RequestError(f"a sequence has no {what}", hint="fork() the sequence for several; append(rows='all') gives a prompt's logits")
+            hint = "fork() the sequence for several; append(rows='all') gives a prompt's logits"
+            raise RequestError(f"a sequence has no {what}", hint=hint)
         return params
 
     @contextmanager
@@ -189,7 +190,8 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
     for state, ids in checked:
         check_length(engine, len(state.tokens) + len(ids))
     requests = [
-        AppendRequest(state, len(state.tokens) + (0 if rows == "all" else len(ids) - 1), length_before=len(state.tokens)) for state, ids in checked
+        AppendRequest(state, len(state.tokens) + (0 if rows == "all" else len(ids) - 1), length_before=len(state.tokens))
+        for state, ids in checked
     ]
     with engine.turn:
         for state, ids in checked:
@@ -211,7 +213,8 @@ def check_length(engine: Engine, length: int) -> None:
     """CapacityError where no sequence can have `length` tokens."""
     executor = engine.executor
     if executor.max_context is not None and length > executor.max_context:
-        raise CapacityError(f"{length} tokens are more than the model's context of {executor.max_context}", hint="shorten the prompt, or truncate()")
+        message = f"{length} tokens are more than the model's context of {executor.max_context}"
+        raise CapacityError(message, hint="shorten the prompt, or truncate()")
     if executor.max_cached is not None and length > executor.max_cached:
         stats = executor.stats()
         raise CapacityError(

@@ -95,7 +95,9 @@ def spec(cache: str = "fp32", window: int = -1) -> ModelSpec:
     return ModelSpec(V, MAX_CONTEXT, layers, (CacheGroup(None), CacheGroup(window)) if window > 0 else (CacheGroup(None),))
 
 
-def write_artifact(folder: Path, kind: str, model: onnx.ModelProto | Path, interface: GraphInterface, source: Path, model_spec: ModelSpec) -> Path:
+def write_artifact(
+    folder: Path, kind: str, model: onnx.ModelProto | Path, *, interface: GraphInterface, source: Path, model_spec: ModelSpec,
+) -> Path:
     """An artifact around a graph, with the source's tokenizer."""
     with ArtifactWriter(folder) as writer:
         if isinstance(model, Path):
@@ -104,8 +106,8 @@ def write_artifact(folder: Path, kind: str, model: onnx.ModelProto | Path, inter
             onnx.save(model, writer.folder / GRAPH)
         writer.copy_tokenizer(source.parent)
         writer.finish(Manifest(
-            kind=kind, interface=interface, spec=model_spec, source=SourceRecord(source.name, source_sha256(source)), options={}, decisions=(),
-            files={}, cache_layout=CACHE_LAYOUT if kind == "paged" else None, octavo_version="test",
+            kind=kind, interface=interface, spec=model_spec, source=SourceRecord(source.name, source_sha256(source)), options={},
+            decisions=(), files={}, cache_layout=CACHE_LAYOUT if kind == "paged" else None, octavo_version="test",
         ))
     return folder
 
@@ -154,12 +156,15 @@ def paths(source: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     nothing = GraphInterface((), (GraphPort("logits", "float32", ("R", V), "logits"),))
     plain, bare = onnx.load(source), stateless_graph(source)
     paged = {
-        name: write_artifact(root / name, "paged", paged_graph(cache, window), nothing, source, spec(cache, window))
+        name: write_artifact(root / name, "paged", paged_graph(cache, window), interface=nothing, source=source,
+                             model_spec=spec(cache, window))
         for name, cache, window in (("paged", "fp32", -1), ("paged_fp16", "fp16", -1), ("paged_hybrid", "fp32", 24))
     }
     return SimpleNamespace(
-        **paged, contiguous=write_artifact(root / "contiguous", "contiguous", source, interface(plain), source, spec()),
-        stateless=write_artifact(root / "stateless", "stateless", bare, interface(bare), source, spec()), baseline=source,
+        **paged,
+        contiguous=write_artifact(root / "contiguous", "contiguous", source, interface=interface(plain), source=source, model_spec=spec()),
+        stateless=write_artifact(root / "stateless", "stateless", bare, interface=interface(bare), source=source, model_spec=spec()),
+        baseline=source,
     )
 
 

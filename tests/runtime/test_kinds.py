@@ -118,7 +118,7 @@ def test_stream_is_generate(model):
         assert "".join(piece.text for piece in mine) == completion.text
         assert tuple(t for piece in mine for t in piece.token_ids) == completion.token_ids
         assert tuple(p for piece in mine for p in piece.logprobs) == completion.logprobs
-        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1) and mine[-1].finish_reason == completion.finish_reason
+        assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + [completion.finish_reason]
 
 
 def test_prompt_logprobs(model, oracle):

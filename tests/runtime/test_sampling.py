@@ -45,7 +45,7 @@ def brute_distribution(scores, params):
 
 @settings(deadline=None, max_examples=300)
 @given(rows, tokens, tokens, st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([-2.0, 0.0, 0.6]), st.sampled_from([-0.5, 0.0, 2.0]))
-def test_penalties(logits, prompt, output, repetition, presence, frequency):
+def test_penalties(logits, prompt, output, repetition, presence, frequency):  # noqa: PLR0917
     n = len(logits)
     prompt, output = [t % n for t in prompt], [t % n for t in output]
     params = SamplingParams(
@@ -65,9 +65,9 @@ def test_cuts(logits, temperature, top_k, top_p, min_p):
     assert abs(got.sum() - 1) < 1e-12
 
 
-def draw(logits, params, index=0, seed=1, completion=0, banned=()):
+def draw(logits, params, index=0, *, banned=()):
     output = np.zeros(index, np.int64)
-    return sample(np.array(logits, np.float32), params, prompt=NONE, output=output, banned=banned, seed=seed, completion=completion)
+    return sample(np.array(logits, np.float32), params, prompt=NONE, output=output, banned=banned, seed=1, completion=0)
 
 
 def test_frequencies_are_the_distribution():
@@ -115,10 +115,10 @@ def test_logprobs(logits, token, k):
 
 BAD = {
     "max_tokens": [0, -1, 1.5, True, "3"], "min_tokens": [-1, 2**31], "temperature": [-0.1, math.inf, math.nan, "hot", True],
-    "top_k": [-2, 1.0], "top_p": [0, 1.01, -1, math.nan], "min_p": [-0.1, 1.1], "repetition_penalty": [0, -1], "presence_penalty": [2.1, -2.1],
-    "frequency_penalty": [2.1, -2.1, None], "logit_bias": [{1: 101}, {-1: 0}, {1: "x"}, [1], {1.5: 0}], "stop": ["", [""], [1], ["x"] * 65, "x" * 1025],
-    "stop_token_ids": [[-1], ["a"], [True], [1.0]], "ignore_eos": [1, None], "seed": [-1, 2**64, 1.0], "n": [0, 129, True], "logprobs": [-1, 21, True],
-    "prompt_logprobs": [-1, 21],
+    "top_k": [-2, 1.0], "top_p": [0, 1.01, -1, math.nan], "min_p": [-0.1, 1.1], "repetition_penalty": [0, -1],
+    "presence_penalty": [2.1, -2.1], "frequency_penalty": [2.1, -2.1, None], "logit_bias": [{1: 101}, {-1: 0}, {1: "x"}, [1], {1.5: 0}],
+    "stop": ["", [""], [1], ["x"] * 65, "x" * 1025], "stop_token_ids": [[-1], ["a"], [True], [1.0]], "ignore_eos": [1, None],
+    "seed": [-1, 2**64, 1.0], "n": [0, 129, True], "logprobs": [-1, 21, True], "prompt_logprobs": [-1, 21],
 }
 
 
