@@ -97,12 +97,14 @@ def _with_cache(into: list[GraphPort], out: list[GraphPort]) -> tuple[list[Graph
     pasts = _by_name(port for port in into if _is_past(port))
     candidates = [port for port in out if port.dtype in _FLOATS and _rank(port) in (4, None) and port.role == "other"]
     presents = _by_name(candidates)
-    if pasts and not presents and len(candidates) == len(pasts):
+    if pasts and len(candidates) == len(pasts) and not any(_slot(port.name) for port in candidates):
         # Names that say nothing (dynamo's, when the user gave none): outputs come in the order in which the pasts went in.
         order = [slot for port in into for slot, past in pasts.items() if past is port]
         presents = dict(zip(order, candidates))
     if pasts and (set(pasts) != set(presents) or not all(_same_heads(pasts[slot], presents[slot]) for slot in pasts)):
         return into, out
+    if not pasts and any(port.dtype in _FLOATS and _rank(port) not in (0, 1, 2) for port in into):
+        return into, out  # a float input that could be a past of another form: its presents would be half a cache
     return _assigned(into, pasts, "past"), _assigned(out, presents, "present")
 
 
