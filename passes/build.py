@@ -39,12 +39,16 @@ class Builder:
         self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None, *, domain: str = "",
         name: str = "", outputs: int = 1,
     ) -> list[ir.Value]:
-        """A node and its outputs. Types are given where the operator keeps its first input's."""
+        """A node and its outputs. The first is typed like the first input, but for the two operators that say otherwise."""
         attrs = [ir.convenience.convert_attribute(key, value) for key, value in (attributes or {}).items()]
         node = ir.Node(domain, op_type, list(inputs), attrs, num_outputs=outputs, name=name or None)
         self._nodes.append(node)
         first = inputs[0]
-        if first is not None and first.type is not None:
+        if op_type == "Shape":
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        elif op_type == "Cast":
+            node.outputs[0].type = ir.TensorType(ir.DataType(node.attributes.get_int("to")))
+        elif first is not None and first.type is not None:
             node.outputs[0].type = first.type
         return list(node.outputs)
 
@@ -79,23 +83,24 @@ class Builder:
         """`value` itself where it has that type already."""
         if dtype is None or value.dtype == dtype:
             return value
-        out = self.op("Cast", [value], {"to": int(dtype)})[0]
-        out.type = ir.TensorType(dtype)
-        return out
+        return self.op("Cast", [value], {"to": int(dtype)})[0]
 
     def sizes(self, ids: ir.Value, dims: Sequence[Dim], *, scalar: bool = False) -> ir.Value:
-        """An int64 vector of sizes, fixed or multiples of the number of tokens (the second dimension of `ids`)."""
-        assert all(dim.letters in ((), ("S",)) for dim in dims), f"sizes other than tokens: {dims}"
+        """An int64 vector of sizes: products of a factor, B and S, which are the dimensions of `ids`."""
+        assert all(set(dim.letters) <= {"B", "S"} for dim in dims), f"sizes other than of the ids: {dims}"
         if not any(dim.letters for dim in dims):
             array = np.array([dim.factor for dim in dims], np.int64)
             return self.constant(array.reshape(()) if scalar else array, "octavo.sizes")
-        tokens = self.op("Shape", [ids], {"start": 1, "end": 2})[0]
-        tokens.type = ir.TensorType(ir.DataType.INT64)
-        parts = []
-        for dim in dims:
-            if not dim.letters:
-                parts.append(self.integers([dim.factor]))
-            else:
-                parts.append(tokens if dim.factor == 1 else self.op("Mul", [tokens, self.integers([dim.factor])])[0])
+        parts = [self._size(ids, dim) for dim in dims]
         joined = parts[0] if len(parts) == 1 else self.op("Concat", parts, {"axis": 0})[0]
         return self.op("Squeeze", [joined, self.integers([0])])[0] if scalar else joined
+
+    def _size(self, ids: ir.Value, dim: Dim) -> ir.Value:
+        factors = [self.integers([dim.factor])] if dim.factor != 1 or not dim.letters else []
+        for letter in dim.letters:
+            axis = "BS".index(letter)
+            factors.append(self.op("Shape", [ids], {"start": axis, "end": axis + 1})[0])
+        product = factors[0]
+        for factor in factors[1:]:
+            product = self.op("Mul", [product, factor])[0]
+        return product

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from .cache_interface import TokenFlatPlan
 
 # Ops that give each row from the same row of their inputs, where the rows' axis is not the one they work along.
-_ROWWISE = frozenset(
-    "Abs Add BiasGelu Cast Clip Div Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish Identity LeakyRelu Log Max Min Mish Mul Neg Pow QuickGelu "
-    "Reciprocal Relu Sigmoid Softplus Sqrt Sub Swish Tanh ThresholdedRelu Where MatMul Dropout".split()
-)
-_ALONG_AN_AXIS = frozenset("RMSNormalization SimplifiedLayerNormalization LayerNormalization ReduceMean ReduceSum ReduceMax Softmax Split Slice".split())
+_ROWWISE = frozenset({
+    "Abs", "Add", "BiasGelu", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "FastGelu", "Gelu", "HardSigmoid", "HardSwish", "Identity",
+    "LeakyRelu", "Log", "MatMul", "Max", "Min", "Mish", "Mul", "Neg", "Pow", "QuickGelu", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt",
+    "Sub", "Swish", "Tanh", "ThresholdedRelu", "Where",
+})
+_ALONG_AN_AXIS = frozenset({
+    "RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization", "ReduceMean", "ReduceSum", "ReduceMax", "Softmax", "Split", "Slice",
+})
 _TOKENS = Dim(1, ("S",))
 
 
@@ -70,11 +73,11 @@ def _is_rowwise(observation: Observation, node: ir.Node) -> bool:
     others = [value for value in node.inputs if value is not None and value not in data]
     if any(observation.kind(value) != "constant" for value in others):
         return False
-    axes = {None if (axis := _token_axis(observation, v)) is None else axis - len(observation.dims(v) or ()) for v in (*data, *node.outputs)}
-    if len(axes) != 1 or None in axes:
-        return False  # the tokens move, or are summed
+    places = [(_token_axis(observation, value), observation.dims(value) or ()) for value in (*data, *node.outputs)]
+    axes = {None if place is None else place - len(dims) for place, dims in places}
     axis = next(iter(axes))
-    assert axis is not None
+    if len(axes) != 1 or axis is None:
+        return False  # the tokens move, or are summed
     if node.op_type in _ROWWISE and node.domain in ("", "com.microsoft"):
         return node.op_type != "MatMul" or (axis == -2 and node.inputs[1] in others and len(observation.dims(node.inputs[1]) or ()) == 2)
     return node.domain in ("", "com.microsoft") and node.op_type in _ALONG_AN_AXIS and axis == -2 and _spares_rows(observation, node)
@@ -114,9 +117,10 @@ class LogitRows(ir.passes.InPlacePass):
             gathered = build.op("Gather", [value, plan.inputs.logit_rows], {"axis": plan.rows.axis})[0]
         for use in uses:
             use.node.replace_input_with(use.idx, gathered)
-        if plan.logits.name == "logits":
-            plan.logits.name = "logits.rows"
-        logits = gathered if value is plan.logits else plan.logits
+        old = plan.body.logits
+        if old.name == "logits":
+            old.name = "logits.rows"
+        logits = gathered if value is old else old
         last = logits.producer()
         assert last is not None
         with build.after(last):

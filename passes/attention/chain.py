@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-MOVES = frozenset(
-    "Identity Cast Dropout Transpose Reshape Expand Unsqueeze Squeeze Flatten Concat Slice Split Tile Gather".split()
-)
+MOVES = frozenset({
+    "Identity", "Cast", "Dropout", "Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Concat", "Slice", "Split", "Tile",
+    "Gather",
+})
 SCALES = MOVES | {"Mul", "Div"}
 LINEAR = SCALES | {"Add", "Sub", "Neg", "RotaryEmbedding"}
 SCORES = SCALES | {"Add", "Sub", "Neg", "Where", "Tanh", "Max", "Min"}
@@ -41,7 +42,7 @@ _ONE_OPERAND = {"Mul"}
 
 
 def passable(node: ir.Node, ops: Collection[str], is_data: Callable[[ir.Value], bool]) -> bool:
-    """Whether a chain of `ops` may contain this node: an op known here, with all that its attributes ask for and data only where it is linear."""
+    """Whether a chain of `ops` may contain this node: an op known here, and data only where it is linear."""
     if node.op_type not in ops or node.op_type not in _DOMAINS.get(node.domain, ()):
         return False
     data = [i for i, value in enumerate(node.inputs) if value is not None and is_data(value)]
@@ -190,12 +191,12 @@ def _same(node: ir.Node, inputs: list[Any]) -> list[Array]:
 
 
 def _rotary(node: ir.Node, inputs: list[Any]) -> list[Array]:
-    """`RotaryEmbedding` 23 (x, cos, sin, position_ids?) and com.microsoft's (x, position_ids, cos, sin): x is BHSD, or BSH with num_heads."""
+    """23's (x, cos, sin, position_ids?) and com.microsoft's (x, position_ids, cos, sin); x is BHSD, or BSH with num_heads."""
     if node.domain == "":
         x, cos, sin, position = (*inputs, None)[:4]
     else:
         x, position, cos, sin = inputs[:4]
-        if position.size == 1 and x.shape[-2 if x.ndim == 4 else 1] != 1 or position.ndim == 1:
+        if position.ndim == 1:  # a single offset
             position = position.reshape(-1)[0] + np.arange(x.shape[2 if x.ndim == 4 else 1])[None]
     if position is not None:
         cos, sin = cos[position], sin[position]

@@ -32,7 +32,7 @@ class LowerPaged(ir.passes.InPlacePass):
             assert producer is not None
             with build.before(producer):
                 output = self._attention(build, index, site, tables)
-                replacement = unflatten(build, output, site, self._plan.output_dims[index])
+                replacement = unflatten(build, output, site, self._plan.body.output_dims[index])
             site.output.replace_all_uses_with(replacement)
         model.opset_imports[DOMAIN] = OPSET
         count = len(self._plan.sites)

@@ -100,6 +100,10 @@ class _Matcher:
                 return operand
             operands.append(operand)
         query, key, value = operands
+        types = {operand.value.dtype for operand in operands} - {None}
+        if types != {ir.DataType.FLOAT}:
+            found = ", ".join(sorted(str(dtype) for dtype in types)) or "no type"
+            return Refusal("attention is not in float32", core.where, f"types: expected FLOAT, found {found}")
         problem = self._disagreement(core, query, key, value)
         if problem is not None:
             return Refusal(*problem)
