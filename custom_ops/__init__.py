@@ -1,4 +1,4 @@
-"""The op library: where it is, how a session gets it, which instruction set it runs. Light: neither onnx nor onnxruntime is imported here."""
+"""The op library: where it is, how a session gets it, which instruction set it runs. Light: onnx and onnxruntime are not imported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def register(session_options: Any) -> None:
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # onnxruntime raises its own types, which are not importable from a light module
-        raise LibraryError(f"onnxruntime does not load {path}: {error}", hint="octavo needs onnxruntime 1.24 or newer; unset OCTAVO_ISA") from error
+        hint = "octavo needs onnxruntime 1.24 or newer, and OCTAVO_ISA unset or one of `octavo.custom_ops.available_isas()`"
+        raise LibraryError(f"onnxruntime does not load {path}: {error}", hint=hint) from error
 
 
 @cache
@@ -63,7 +64,7 @@ def active_isa() -> str:
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, best first."""
-    names = []
+    names: list[str] = []
     while (name := _library().octavo_available_isa(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)

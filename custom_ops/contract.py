@@ -15,7 +15,10 @@ through that table, so sequences grow, fork and share memory without copying.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DOMAIN = "ai.octavo"
 OPSET = 1
@@ -54,6 +57,27 @@ class CacheFormat:
 
 
 CACHE_FORMATS = {f.name: f for f in (CacheFormat("fp32", "float32", 4), CacheFormat("fp16", "float16", 2))}
+
+
+def pack_key(tokens: np.ndarray) -> np.ndarray:
+    """Keys of one block, token by token (P, G, D), as a view in the cache's layout (G, D, P)."""
+    return tokens.transpose(1, 2, 0)
+
+
+def unpack_key(block: np.ndarray) -> np.ndarray:
+    """One block of a key cache (G, D, P), as a view token by token (P, G, D)."""
+    return block.transpose(2, 0, 1)
+
+
+def pack_value(tokens: np.ndarray) -> np.ndarray:
+    """Values of one block, token by token (P, G, E), as a view in the cache's layout (G, P, E)."""
+    return tokens.transpose(1, 0, 2)
+
+
+def unpack_value(block: np.ndarray) -> np.ndarray:
+    """One block of a value cache (G, P, E), as a view token by token (P, G, E)."""
+    return block.transpose(1, 0, 2)
+
 
 # A block lies inside one chunk (so CHUNK % P == 0) and fills whole vectors of 16 lanes.
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -128,7 +152,12 @@ PAGED_ATTENTION = OpContract(
         Port("k_scale", _F32, "RESERVED", "absent", optional=True),
         Port("v_scale", _F32, "RESERVED", "absent", optional=True),
         Port("attention_metadata", _I32, "RESERVED", "absent", optional=True),
-        Port("parent", _I32, "(T)", "step-wide row of a token's parent, −1 = the last cached token; a prompt is the chain t−1, a draft tree any forest"),
+        Port(
+            "parent",
+            _I32,
+            "(T)",
+            "step-wide row of a token's parent, −1 = the last cached token; a prompt is the chain t−1, a draft tree any forest",
+        ),
         Port("alibi_slopes", _F32, "(H)", "adds slope·(key position − query position) to the scaled score", optional=True),
     ),
     outputs=(Port("output", _F32, "(T, H·E)", "attention of every row"),),
@@ -163,6 +192,9 @@ FLASH_ATTENTION = OpContract(
         Attribute("is_causal", "int", 0, "1: row i sees keys j ≤ i + (T − S), aligned at the bottom right"),
     ),
 )
-"""Stateless tiled attention: softmax(softcap(scale·q·kᵀ) + bias) · v, in the same chunks and merge order as PagedAttention."""
+"""Stateless tiled attention: softmax(softcap(scale·q·kᵀ) + slopes + bias) · v, in the same chunks and merge order as PagedAttention.
+
+A key whose score is −inf is hidden, as one that a mask hides. A window needs is_causal = 1: exporters do not agree on its meaning without.
+"""
 
 OPS = {op.name: op for op in (PAGED_ATTENTION, FLASH_ATTENTION)}

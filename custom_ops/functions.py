@@ -10,21 +10,21 @@ absent one the value that changes nothing. There is no such function for PagedAt
 from __future__ import annotations
 
 import numpy as np
-from onnxscript import FLOAT, script, values
+from onnxscript import BOOL, FLOAT, script, values
 from onnxscript import opset18 as op
 
 octavo_functions = values.Opset("ai.octavo.functions", 1)
 
 
 @script(octavo_functions)
-def FlashAttention(  # noqa: N802
-    query: FLOAT["B", "S", "HD"],  # noqa: F821
-    key: FLOAT["B", "T", "GD"],  # noqa: F821
-    value: FLOAT["B", "T", "GE"],  # noqa: F821
-    attention_bias: FLOAT["b", "h", "s", "T"],  # noqa: F821
-    key_mask,
-    head_sink: FLOAT["H"],  # noqa: F821
-    alibi_slopes: FLOAT["H"],  # noqa: F821
+def FlashAttention(  # noqa: PLR0917
+    query: FLOAT[...],
+    key: FLOAT[...],
+    value: FLOAT[...],
+    attention_bias: FLOAT[...],
+    key_mask: BOOL[...],
+    head_sink: FLOAT[...],
+    alibi_slopes: FLOAT[...],
     num_heads: int,
     kv_num_heads: int,
     scale: float,
@@ -44,8 +44,9 @@ def FlashAttention(  # noqa: N802
 
     # (B, G, H/G, S, D) · (B, G, 1, D, T)
     q = op.Transpose(op.Reshape(query, op.Concat(B, S, G, op.Div(H, G), rest, axis=0)), perm=[0, 2, 3, 1, 4])
-    k = op.Unsqueeze(op.Transpose(op.Reshape(key, op.Concat(B, T, G, rest, axis=0), allowzero=0), perm=[0, 2, 3, 1]), op.Constant(value_ints=[2]))
-    v = op.Unsqueeze(op.Transpose(op.Reshape(value, op.Concat(B, T, G, rest, axis=0)), perm=[0, 2, 1, 3]), op.Constant(value_ints=[2]))
+    two = op.Constant(value_ints=[2])
+    k = op.Unsqueeze(op.Transpose(op.Reshape(key, op.Concat(B, T, G, rest, axis=0)), perm=[0, 2, 3, 1]), two)
+    v = op.Unsqueeze(op.Transpose(op.Reshape(value, op.Concat(B, T, G, rest, axis=0)), perm=[0, 2, 1, 3]), two)
     D = op.Cast(op.Shape(k, start=3, end=4), to=1)
     asked = op.Constant(value_float=scale)
     factor = op.Where(op.Equal(asked, 0.0), op.Reciprocal(op.Sqrt(D)), asked)

@@ -1,7 +1,7 @@
 """What the ops mean, in NumPy, written for reading.
 
-All arithmetic is float64, except what the contract makes visible: keys and values are rounded to the cache's type when they are appended and
-read back as stored. The result is rounded to float32 once. Scores are, in this order,
+All arithmetic is float64, except what the contract makes visible: keys and values are rounded to the cache's type when they are appended
+and read back as stored. The result is rounded to float32 once. Scores are, in this order,
 
     s = scale · q·k,  s = softcap · tanh(s / softcap),  s = s + slope · (key position − query position),  s = s + bias
 
@@ -35,7 +35,7 @@ def _split(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def attend_row(q: Array, k: Array, v: Array, extra: Array, heads: Heads, sink: float | None) -> Array:
+def attend_row(q: Array, k: Array, v: Array, *, extra: Array, heads: Heads, sink: float | None) -> Array:
     """One query head over the keys that it sees: q (D), k (n, D), v (n, E), `extra` (n) added to the scores. Returns (E)."""
     scores = heads.factor(q.shape[0]) * (k.astype(np.float64) @ q.astype(np.float64))
     if heads.softcap:
@@ -75,7 +75,7 @@ class PagedResult:
     value_cache: Array
 
 
-def paged_attention(  # noqa: PLR0913: one parameter an input of the contract
+def paged_attention(
     heads: Heads,
     *,
     query: Array,
@@ -121,19 +121,21 @@ def paged_attention(  # noqa: PLR0913: one parameter an input of the contract
     output = np.zeros((T, H, value_cache.shape[3]), np.float32)
     for t in range(T):
         p = int(position[t])
-        ancestor, at = {}, t
+        ancestor: dict[int, int] = {}
+        at = t
         while at >= 0:
             ancestor[int(position[at])] = at
             at = int(parent[at])
         first = 0 if heads.local_window_size < 0 else max(0, p - heads.local_window_size + 1)
         seen = np.arange(first, p + 1)
-        slots = [int(slot_of_row[ancestor[j]]) if j in ancestor else _slot(block_table[sequence[t]], j, P) for j in seen]
+        slots = [int(slot_of_row[ancestor[j]]) if j in ancestor else _slot(block_table[sequence[t]], j, P) for j in range(first, p + 1)]
         blocks, offsets = np.divmod(np.array(slots), P)
         for h in range(H):
             g = h // (H // G)
             extra = np.zeros(len(seen)) if alibi_slopes is None else float(alibi_slopes[h]) * (seen - p)
             sink = None if head_sink is None else float(head_sink[h])
-            output[t, h] = attend_row(q[t, h], key_cache[blocks, g, :, offsets], value_cache[blocks, g, offsets, :], extra, heads, sink)
+            seen_k, seen_v = key_cache[blocks, g, :, offsets], value_cache[blocks, g, offsets, :]
+            output[t, h] = attend_row(q[t, h], seen_k, seen_v, extra=extra, heads=heads, sink=sink)
     return PagedResult(output.reshape(T, H * v.shape[2]), key_cache, value_cache)
 
 
@@ -175,5 +177,6 @@ def flash_attention(
             extra = np.where(key_mask[b], extra, -np.inf)
         seen = ~np.isneginf(extra)
         sink = None if head_sink is None else float(head_sink[h])
-        output[b, i, h] = attend_row(q[b, i, h], k[b, seen, h // (H // G)], v[b, seen, h // (H // G)], extra[seen], heads, sink)
+        g = h // (H // G)
+        output[b, i, h] = attend_row(q[b, i, h], k[b, seen, g], v[b, seen, g], extra=extra[seen], heads=heads, sink=sink)
     return output.reshape(B, S, H * v.shape[3])

@@ -86,8 +86,7 @@ class PagedCase:
             first_seen = 0 if self.features.window < 0 else max(0, past - self.features.window + 1)
             for position in range(first_seen, past):
                 put(int(table[b, position // P]) * P + position % P)
-            for block in range(first_seen // P):  # what a window has released may be unmapped
-                table[b, block] = -1
+            table[b, : first_seen // P] = -1  # what a window has released may be unmapped
             taken: set[int] = set()
             extra: list[int] = []
             for t in range(row, row + new):
@@ -130,7 +129,7 @@ class PagedCase:
         positions: list[int] = []
         for b, (past, new) in enumerate(self.sequences):
             row = len(parents)
-            for i, p in enumerate(self.trees.get(b, tuple(range(-1, new - 1)))):
+            for p in self.trees.get(b, tuple(range(-1, new - 1))):
                 parents.append(-1 if p < 0 else row + p)
                 positions.append(past if p < 0 else positions[row + p] + 1)
             assert len(parents) == row + new
@@ -140,7 +139,7 @@ class PagedCase:
         longest = max((past + new for past, new in self.sequences), default=0)
         keys = np.concatenate([inputs["key"].ravel(), inputs["key_cache"][np.isfinite(inputs["key_cache"])].astype(np.float32)])
         values = np.concatenate([inputs["value"].ravel(), inputs["value_cache"][np.isfinite(inputs["value_cache"])].astype(np.float32)])
-        return tolerance(self.heads, self.D, longest, inputs["query"], keys, values)
+        return tolerance(self.heads, self.D, keys_seen=longest, q=inputs["query"], k=keys, v=values)
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class FlashCase:
 
     def tolerance(self, inputs: dict[str, Array]) -> float:
         keys, values = inputs["key"][np.isfinite(inputs["key"])], inputs["value"][np.isfinite(inputs["value"])]
-        return tolerance(self.heads, self.D, self.T, inputs["query"], keys, values)
+        return tolerance(self.heads, self.D, keys_seen=self.T, q=inputs["query"], k=keys, v=values)
 
 
 def _add_head_inputs(inputs: dict[str, Array], features: Features, H: int, rng: np.random.Generator) -> None:
@@ -204,7 +203,7 @@ def _add_head_inputs(inputs: dict[str, Array], features: Features, H: int, rng: 
         inputs["alibi_slopes"] = (2.0 ** -np.arange(1, H + 1)).astype(np.float32)
 
 
-def tolerance(heads: Heads, D: int, keys_seen: int, q: Array, k: Array, v: Array) -> float:
+def tolerance(heads: Heads, D: int, *, keys_seen: int, q: Array, k: Array, v: Array) -> float:
     """Epsilon × magnitude × length, roundings taken as independent and at four standard deviations.
 
     A score is a dot of D random terms: its size is factor·√D·rms(q)·rms(k), each of its D roundings is of that size. A score's error passes
@@ -217,36 +216,42 @@ def tolerance(heads: Heads, D: int, keys_seen: int, q: Array, k: Array, v: Array
 
 
 _ALL = Features(scale=0.3, softcap=5.0, window=40, sink=True, slopes=True)
+_HEADS = ((8, 8), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (256, 256), (64, 24), (8, 72), (17, 3))
+_GROUPS = ((1, 1), (2, 2), (2, 1), (3, 1), (6, 2), (4, 1), (5, 1), (7, 1), (8, 1), (33, 1))
+_WINDOWS = (1, 2, 16, 17, 256, 257, 4096)
+_TREE = (-1, 0, 0, 1, 1, 2, -1)
 _EDGES = (15, 16, 17, 31, 32, 33, 255, 256, 257, 513)
 
 PAGED_CASES: tuple[PagedCase, ...] = (
-    *(PagedCase(f"head_{D}x{E}_{c}", D=D, E=E, cache=c, sequences=((20, 3), (0, 19)))
-      for D, E in ((8, 8), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (256, 256), (64, 24), (8, 72), (17, 3))
-      for c in ("fp32", "fp16")),
-    *(PagedCase(f"group_{H}_{G}", H=H, G=G, sequences=((9, 2), (0, 6))) for H, G in ((1, 1), (2, 2), (2, 1), (3, 1), (6, 2), (4, 1), (5, 1), (7, 1), (8, 1), (33, 1))),
+    *(PagedCase(f"head_{D}x{E}_{c}", D=D, E=E, cache=c, sequences=((20, 3), (0, 19))) for D, E in _HEADS for c in ("fp32", "fp16")),
+    *(PagedCase(f"group_{H}_{G}", H=H, G=G, sequences=((9, 2), (0, 6))) for H, G in _GROUPS),
     *(PagedCase(f"prefill_{n}", H=2, G=1, cache="fp16" if n % 2 else "fp32", sequences=((0, n),)) for n in _EDGES),
     *(PagedCase(f"decode_{n}", H=2, G=1, cache="fp32" if n % 2 else "fp16", sequences=((n, 1),)) for n in _EDGES),
     *(PagedCase(f"block_{P}", P=P, sequences=((250, 9), (0, 40), (511, 1))) for P in (16, 32, 64, 128, 256)),
-    PagedCase("ragged", H=6, G=2, D=32, E=32, P=32, cache="fp16", sequences=((0, 33), (300, 1), (0, 0), (17, 5), (0, 1), (256, 16), (0, 0))),
+    PagedCase(
+        "ragged", H=6, G=2, D=32, E=32, P=32, cache="fp16", sequences=((0, 33), (300, 1), (0, 0), (17, 5), (0, 1), (256, 16), (0, 0))
+    ),
     PagedCase("no_tokens", sequences=((5, 0), (0, 0))),
     PagedCase("no_sequences", sequences=()),
     PagedCase("rotary_half", D=32, rotary=32, sequences=((30, 4), (0, 18))),
     PagedCase("rotary_partial_fp16", D=40, rotary=24, cache="fp16", sequences=((30, 4), (0, 18))),
     PagedCase("rotary_interleaved", D=24, rotary=16, interleaved=1, sequences=((30, 4), (0, 18))),
-    *(PagedCase(f"window_{w}", features=Features(window=w), sequences=((300, 3), (0, 50), (14, 1))) for w in (1, 2, 16, 17, 256, 257, 4096)),
+    *(PagedCase(f"window_{w}", features=Features(window=w), sequences=((300, 3), (0, 50), (14, 1))) for w in _WINDOWS),
     PagedCase("softcap", features=Features(softcap=2.0), sequences=((20, 3), (0, 9))),
     PagedCase("sink", features=Features(sink=True), sequences=((300, 3), (0, 9))),
     PagedCase("slopes", H=8, G=2, features=Features(slopes=True), sequences=((300, 3), (0, 9))),
     PagedCase("scale", features=Features(scale=1.7), sequences=((20, 3), (0, 9))),
-    PagedCase("everything", H=6, G=2, D=48, E=40, P=32, cache="fp16", features=_ALL, rotary=32, sequences=((300, 3), (0, 50), (14, 1))),
+    PagedCase(
+        "everything", H=6, G=2, D=48, E=40, P=32, cache="fp16", features=_ALL, rotary=32, sequences=((300, 3), (0, 50), (14, 1))
+    ),
     PagedCase("rewritten_rows", sequences=((20, 6), (0, 3)), rewritten=(0, 1, 2, 7)),
-    PagedCase("tree", D=32, sequences=((20, 7), (0, 4), (254, 6)), trees={0: (-1, 0, 0, 1, 1, 2, -1), 2: (-1, -1, 0, 1, 2, 3)}, rotary=32),
-    PagedCase("tree_window_fp16", cache="fp16", features=_ALL, sequences=((40, 7), (255, 6)), trees={0: (-1, 0, 0, 1, 1, 2, -1), 1: (-1, 0, 0, 1, 2, 4)}),
+    PagedCase("tree", D=32, sequences=((20, 7), (0, 4), (254, 6)), trees={0: _TREE, 2: (-1, -1, 0, 1, 2, 3)}, rotary=32),
+    PagedCase("tree_window_fp16", cache="fp16", features=_ALL, sequences=((40, 7), (255, 6)), trees={0: _TREE, 1: (-1, 0, 0, 1, 2, 4)}),
 )
 
 FLASH_CASES: tuple[FlashCase, ...] = (
-    *(FlashCase(f"head_{D}x{E}", D=D, E=E, S=5, T=19) for D, E in ((8, 8), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (256, 256), (64, 24))),
-    *(FlashCase(f"group_{H}_{G}", H=H, G=G) for H, G in ((1, 1), (4, 4), (3, 1), (6, 2), (7, 1), (8, 1))),
+    *(FlashCase(f"head_{D}x{E}", D=D, E=E, S=5, T=19) for D, E in _HEADS),
+    *(FlashCase(f"group_{H}_{G}", H=H, G=G) for H, G in _GROUPS),
     *(FlashCase(f"length_{n}", H=2, G=1, S=3, T=n) for n in _EDGES),
     *(FlashCase(f"causal_{n}", H=2, G=1, S=n, T=n, causal=1) for n in (1, 16, 33, 257)),
     FlashCase("causal_more_keys", S=5, T=40, causal=1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,12 @@ from octavo.custom_ops.contract import DOMAIN, OPS, OPSET, OpContract
 from onnx import TensorProto, helper
 
 Array = np.ndarray
-_ELEMENT = {np.dtype(k): v for k, v in ((np.float32, TensorProto.FLOAT), (np.float16, TensorProto.FLOAT16), (np.int32, TensorProto.INT32), (bool, TensorProto.BOOL))}
+_ELEMENT = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(bool): TensorProto.BOOL,
+}
 
 
 def node_model(contract: OpContract, inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> bytes:
@@ -34,7 +39,7 @@ def node_model(contract: OpContract, inputs: Mapping[str, Array], attributes: Ma
     return model.SerializeToString()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _session(model: bytes, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -34,12 +36,11 @@ def test_flash_kernels_agree_with_reference(case: FlashCase) -> None:
 @pytest.fixture(scope="module")
 def function_session() -> object:
     """Sessions of a model whose one node calls the onnxscript function with the case's attributes."""
-    from functools import lru_cache
 
     from octavo.custom_ops.functions import FlashAttention
     from onnx import TensorProto, helper
 
-    @lru_cache(maxsize=None)
+    @functools.cache
     def make(attributes: tuple[tuple[str, float], ...]) -> ort.InferenceSession:
         function = FlashAttention.to_function_proto()
         node = helper.make_node(function.name, list(function.input), list(function.output), domain=function.domain, **dict(attributes))

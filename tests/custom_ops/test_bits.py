@@ -1,0 +1,216 @@
+"""A row's bits depend on its query and on the keys that it sees: not on company, chunking, blocks, threads, or what hidden memory holds."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_cases import FLASH_CASES, PAGED_CASES, FlashCase, PagedCase
+from attention_run import run_flash, run_op, run_paged, same_bits
+
+Array = np.ndarray
+
+
+class Stream:
+    """One sequence of `n` tokens with a cache of its own, fed in steps of any size: H 6, G 2, D 24, E 40, and every feature in use."""
+
+    def __init__(self, n: int, cache: type = np.float16, P: int = 32, seed: int = 5) -> None:
+        rng = np.random.default_rng(seed)
+        self.n, self.P, blocks = n, P, -(-n // P) + 2
+        self.query, self.key, self.value = (rng.standard_normal((n, w)).astype(np.float32) for w in (6 * 24, 2 * 24, 2 * 40))
+        self.table = np.random.default_rng(P).permutation(blocks).astype(np.int32)[None, :-1].copy()
+        angle = np.arange(n + 8)[:, None] / 10.0 ** np.arange(8)
+        self.heads = {
+            "cos_cache": np.cos(angle).astype(np.float32),
+            "sin_cache": np.sin(angle).astype(np.float32),
+            "head_sink": rng.standard_normal(6).astype(np.float32),
+            "alibi_slopes": (2.0 ** -np.arange(1, 7)).astype(np.float32),
+        }
+        self.attributes: dict[str, Any] = {"num_heads": 6, "kv_num_heads": 2, "softcap": 5.0, "local_window_size": 280, "scale": 0.2}
+        self.caches = {
+            "key_cache": np.full((blocks, 2, 24, P), np.nan, cache),
+            "value_cache": np.full((blocks, 2, P, 40), np.nan, cache),
+        }
+
+    def slots(self, positions: Array) -> Array:
+        return (self.table[0, positions // self.P] * self.P + positions % self.P).astype(np.int32)
+
+    def step(self, begin: int, end: int, threads: int = 1) -> Array:
+        """Append and attend tokens [begin, end)."""
+        rows = np.arange(begin, end)
+        return run_op("PagedAttention", self.inputs(rows, self.slots(rows), np.arange(-1, len(rows) - 1), begin), self.attributes, threads)
+
+    def inputs(self, rows: Array, slots: Array, parent: Array, past: int) -> dict[str, Array]:
+        return {
+            "query": self.query[rows],
+            "key": self.key[rows],
+            "value": self.value[rows],
+            **self.caches,
+            "cumulative_sequence_length": np.array([0, len(rows)], np.int32),
+            "past_seqlens": np.array([past], np.int32),
+            "block_table": self.table,
+            "slot_mapping": slots.astype(np.int32),
+            "parent": parent.astype(np.int32),
+            **self.heads,
+        }
+
+    def whole(self) -> Array:
+        return self.step(0, self.n)
+
+
+@pytest.mark.parametrize("cache", [np.float32, np.float16])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256])
+def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, cache: type) -> None:
+    whole, pieces = Stream(530, cache), Stream(530, cache)
+    expected = whole.whole()
+    got = np.concatenate([pieces.step(at, min(at + chunk, 530)) for at in range(0, 530, chunk)])
+    assert same_bits(got, expected)
+    assert all(same_bits(pieces.caches[name], whole.caches[name]) for name in whole.caches)
+
+
+def test_a_recomputed_row_equals_the_first_one() -> None:
+    """A row that is not written (slot −1) reads what an earlier step wrote."""
+    stream = Stream(300)
+    expected = stream.whole()
+    rows = np.arange(290, 300)
+    again = run_op("PagedAttention", stream.inputs(rows, np.full(10, -1), np.arange(-1, 9), 290), stream.attributes)
+    assert same_bits(again, expected[290:])
+
+
+@pytest.mark.parametrize("P", [16, 64, 128, 256])
+def test_block_size_does_not_show(P: int) -> None:
+    assert same_bits(Stream(530, P=P).whole(), Stream(530, P=32).whole())
+
+
+@pytest.mark.parametrize("case", PAGED_CASES, ids=lambda c: c.name)
+def test_two_threads_equal_one(case: PagedCase) -> None:
+    inputs = case.build()
+    one, two = run_paged(inputs, case, threads=1), run_paged(inputs, case, threads=2)
+    assert same_bits(one.output, two.output) and same_bits(one.key_cache, two.key_cache) and same_bits(one.value_cache, two.value_cache)
+
+
+@pytest.mark.parametrize("case", FLASH_CASES, ids=lambda c: c.name)
+def test_flash_two_threads_equal_one(case: FlashCase) -> None:
+    inputs = case.build()
+    assert same_bits(run_flash(inputs, case, threads=1), run_flash(inputs, case, threads=2))
+
+
+@pytest.mark.parametrize("name", ["ragged", "everything", "tree", "tree_window_fp16", "block_32"])
+def test_a_sequence_alone_equals_the_same_in_company(name: str) -> None:
+    case = next(c for c in PAGED_CASES if c.name == name)
+    inputs = case.build()
+    together = run_paged(inputs, case).output
+    for b in range(len(case.sequences)):
+        begin, end = inputs["cumulative_sequence_length"][b : b + 2]
+        alone = dict(inputs)
+        for rows in ("query", "key", "value", "slot_mapping"):
+            alone[rows] = inputs[rows][begin:end]
+        alone["parent"] = np.where(inputs["parent"][begin:end] < 0, -1, inputs["parent"][begin:end] - begin).astype(np.int32)
+        alone["cumulative_sequence_length"] = np.array([0, end - begin], np.int32)
+        alone["past_seqlens"] = inputs["past_seqlens"][b : b + 1]
+        alone["block_table"] = inputs["block_table"][b : b + 1]
+        assert same_bits(run_paged(alone, case).output, together[begin:end])
+
+
+@pytest.mark.parametrize("poison", [0.0, np.inf, -np.inf, 3.5])
+@pytest.mark.parametrize("name", ["ragged", "everything", "tree_window_fp16", "decode_257", "window_17"])
+def test_memory_that_no_row_sees_does_not_show(name: str, poison: float) -> None:
+    """The cases fill it with NaN; anything else there gives the same bits, and stays as it is."""
+    case = next(c for c in PAGED_CASES if c.name == name)
+    inputs = case.build()
+    expected = run_paged(inputs, case)
+    other = dict(inputs)
+    for cache in ("key_cache", "value_cache"):
+        other[cache] = np.where(np.isnan(inputs[cache]), np.array(poison, inputs[cache].dtype), inputs[cache])
+    got = run_paged(other, case)
+    assert same_bits(got.output, expected.output)
+    untouched = np.isnan(expected.key_cache)
+    assert untouched.any() and (got.key_cache[untouched] == np.array(poison, got.key_cache.dtype)).all()
+
+
+def test_untouched_slots_keep_every_bit() -> None:
+    """NaN payloads included: a slot that the step does not name is not even rewritten with its own value."""
+    case = next(c for c in PAGED_CASES if c.name == "ragged")
+    inputs = case.build()
+    marks = np.random.default_rng(1).integers(0x7C01, 0x7FFF, inputs["key_cache"].shape, np.uint16).view(np.float16)
+    inputs["key_cache"] = np.where(np.isnan(inputs["key_cache"]), marks, inputs["key_cache"])
+    after = run_paged(inputs, case).key_cache
+    written = np.zeros(after.shape, bool)
+    for slot in inputs["slot_mapping"]:
+        written[slot // case.P, :, :, slot % case.P] = True
+    assert same_bits(after.view(np.uint16)[~written], inputs["key_cache"].view(np.uint16)[~written])
+
+
+@pytest.mark.parametrize("past", [20, 250, 270])
+def test_every_row_of_a_draft_tree_equals_the_row_of_its_chain(past: int) -> None:
+    parents = np.array([-1, 0, 0, 1, 2, -1, 4, 5, 3])
+    stream = Stream(past + len(parents))
+    stream.step(0, past)
+    rows = np.arange(past, past + len(parents))
+    depth = np.zeros(len(parents), int)
+    for t, parent in enumerate(parents):
+        depth[t] = 0 if parent < 0 else depth[parent] + 1
+    # Siblings lie beyond the deepest position, in slots that later positions would have.
+    slots, spare = np.zeros(len(parents), int), iter(range(past + depth.max() + 1, past + len(parents)))
+    for t in range(len(parents)):
+        first = depth[t] not in depth[:t]
+        slots[t] = stream.slots(np.array([past + depth[t] if first else next(spare)]))[0]
+    before = {name: cache.copy() for name, cache in stream.caches.items()}
+    tree = run_op("PagedAttention", stream.inputs(rows, slots, parents, past), stream.attributes, threads=2)
+    for t in range(len(parents)):
+        chain, at = [], t
+        while at >= 0:
+            chain.insert(0, at)
+            at = parents[at]
+        for name, cache in before.items():
+            stream.caches[name][...] = cache
+        positions = stream.slots(past + np.arange(len(chain)))
+        straight = stream.inputs(rows[chain], positions, np.arange(-1, len(chain) - 1), past)
+        assert same_bits(tree[t], run_op("PagedAttention", straight, stream.attributes)[-1]), t
+
+
+@pytest.mark.parametrize("n", [1, 17, 257, 513])
+def test_causal_flash_attention_equals_paged_attention(n: int) -> None:
+    """Rows of a stateless op and of a float32 cache: the same chunks, the same order."""
+    rng = np.random.default_rng(n)
+    paged = PagedCase(f"flash_twin_{n}", H=6, G=2, D=24, E=40, sequences=((0, n),))
+    attributes = paged.attributes | {"softcap": 3.0, "local_window_size": 300}
+    inputs = paged.build() | {"head_sink": rng.standard_normal(6).astype(np.float32), "alibi_slopes": rng.random(6).astype(np.float32)}
+    expected = run_op("PagedAttention", inputs, attributes)
+    del attributes["rotary_interleaved"]
+    flash = {name: inputs[name][None] for name in ("query", "key", "value")}
+    flash |= {name: inputs[name] for name in ("head_sink", "alibi_slopes")}
+    assert same_bits(run_op("FlashAttention", flash, attributes | {"is_causal": 1})[0], expected)
+    last = flash | {"query": flash["query"][:, -1:]}  # one query against all keys: the decode path
+    assert same_bits(run_op("FlashAttention", last, attributes | {"is_causal": 1})[0], expected[-1:])
+
+
+def test_hidden_keys_equal_absent_keys() -> None:
+    """Padding at the end, whatever it holds, is as if the keys were not there."""
+    case = FlashCase("padded", B=1, S=5, T=300, padding=(40,))
+    inputs = case.build()
+    short = {"query": inputs["query"], "key": inputs["key"][:, :260], "value": inputs["value"][:, :260]}
+    assert same_bits(run_flash(inputs, case), run_flash(short, replace(case, padding=None)))
+
+
+def test_overlapping_runs_of_one_session() -> None:
+    """Kernel state is read-only: two threads in one session get what one gets."""
+    case = next(c for c in PAGED_CASES if c.name == "ragged")
+    inputs = case.build()
+    expected = run_paged(inputs, case, threads=2).output
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if not same_bits(run_paged(inputs, case, threads=2).output, expected):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
