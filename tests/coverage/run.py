@@ -1,0 +1,154 @@
+"""Fills the matrix *families × exporters*: export, compile, run, compare with torch; then writes docs/coverage.md and coverage.json.
+
+    python tests/coverage/run.py                                       # everything that is not in the cache yet
+    python tests/coverage/run.py --families llama,gpt2 --exporters dynamo18,optimum
+    python tests/coverage/run.py --only export                         # the graphs alone: CACHE/{family}-{hash}/{exporter}/model.onnx
+
+Two environments export (`--python5`: transformers 5, `--python4`: transformers 4.57 with optimum-onnx), a third process compiles and checks
+(`--python`, with octavo installed). Cells are cached by content under `--cache`: an export by its family and the versions of its exporter,
+a check by the sources of octavo. A cell that crashes or takes too long costs its process and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from exporters import EXPORTERS
+from families import FAMILIES
+from processes import Worker
+from report import summary, write
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# A change to what an exporter is asked for makes its cached graphs stale: count up.
+RECIPE = 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated; default all")
+    parser.add_argument("--exporters", default=",".join(EXPORTERS), help="comma-separated; default all")
+    parser.add_argument("--only", choices=("export", "check"), help="one half; default both")
+    parser.add_argument("--python", default=sys.executable, help="has octavo")
+    parser.add_argument("--python5", default=sys.executable, help="has torch, transformers 5, onnxruntime-genai, octavo")
+    parser.add_argument("--python4", default=None, help="has torch, transformers 4.57, optimum-onnx; without it its columns are left out")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "octavo-coverage")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds per cell and half")
+    parser.add_argument("--fresh", action="store_true", help="export and check again what is in the cache")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of coverage.md and coverage.json")
+    return parser.parse_args()
+
+
+class Matrix:
+    """The cells of one run: their folders, what the cache knows of them, and the workers that fill in the rest."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._cache: Path = arguments.cache
+        self._cache.mkdir(parents=True, exist_ok=True)
+        # Two intra-op threads at most, wherever they come from: the cells are small, and the machine is somebody's.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        pythons = {"transformers5": arguments.python5, "transformers4": arguments.python4}
+        self._exporting = {
+            name: Worker(python, HERE / "worker.py", self._cache / f"{name}.log", environment) for name, python in pythons.items() if python
+        }
+        self._checking = Worker(arguments.python, HERE / "checker.py", self._cache / "check.log", environment)
+        self._octavo = _digest_of_octavo()
+
+    def folder(self, family: str, exporter: str) -> Path:
+        """The cell's folder; its name says what is in it, so another config or version has another."""
+        worker = self._exporting[EXPORTERS[exporter].environment]
+        worker.start()
+        content = json.dumps([asdict(FAMILIES[family]), worker.versions, RECIPE], sort_keys=True)
+        return self._cache / f"{family}-{hashlib.sha256(content.encode()).hexdigest()[:12]}" / exporter
+
+    def export(self, family: str, exporter: str) -> dict[str, Any]:
+        folder = self.folder(family, exporter)
+        record = folder.parent / f"{exporter}.export.json"
+        if record.is_file() and not self._arguments.fresh:
+            return json.loads(record.read_text())  # type: ignore[no-any-return]
+        if self._arguments.only == "check":
+            return {"status": "unknown", "reason": "not exported yet"}
+        self._tokenizer()
+        question = {"family": family, "exporter": exporter, "work": str(folder.parent), "tokenizer": str(self._cache / "tokenizer")}
+        answer = self._exporting[EXPORTERS[exporter].environment].ask(question, self._arguments.timeout)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(answer, indent=1) + "\n")
+        return answer
+
+    def check(self, family: str, exporter: str) -> dict[str, Any]:
+        folder = self.folder(family, exporter)
+        record = folder.parent / f"{exporter}.check.json"
+        if record.is_file() and not self._arguments.fresh:
+            known = json.loads(record.read_text())
+            if known.get("octavo") == self._octavo:
+                return known  # type: ignore[no-any-return]
+        answer = self._checking.ask({"family": family, "folder": str(folder)}, self._arguments.timeout)
+        answer["octavo"] = self._octavo
+        record.write_text(json.dumps(answer, indent=1) + "\n")
+        return answer
+
+    def cell(self, family: str, exporter: str) -> dict[str, Any]:
+        exported = self.export(family, exporter)
+        cell = {"family": family, "exporter": exporter, "export": exported}
+        if exported["status"] == "exported" and self._arguments.only != "export":
+            cell["check"] = self.check(family, exporter)
+            cell["folder"] = str(self.folder(family, exporter))
+        return cell
+
+    def exporters(self) -> list[str]:
+        return [name for name in self._arguments.exporters.split(",") if EXPORTERS[name].environment in self._exporting]
+
+    def versions(self) -> dict[str, dict[str, str]]:
+        return {name: worker.versions for name, worker in self._exporting.items() if worker.versions}
+
+    def close(self) -> None:
+        for worker in [*self._exporting.values(), self._checking]:
+            worker.close()
+
+    def _tokenizer(self) -> None:
+        folder = self._cache / "tokenizer"
+        if not folder.is_dir():
+            from octavo.models.tiny import write_tiny_tokenizer
+
+            write_tiny_tokenizer(folder)
+
+
+def _digest_of_octavo() -> str:
+    """A digest of everything in the package that can change what a compiled model computes."""
+    import octavo
+
+    root = Path(octavo.__file__).parent
+    digest = hashlib.sha256()
+    for room in ("models", "custom_ops", "passes", "compiler", "runtime"):
+        for file in sorted((root / room).rglob("*")):
+            if file.suffix in (".py", ".cc", ".h") and "build" not in file.parts:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def main() -> None:
+    arguments = _arguments()
+    matrix = Matrix(arguments)
+    cells = []
+    try:
+        for family in arguments.families.split(","):
+            for exporter in matrix.exporters():
+                cell = matrix.cell(family, exporter)
+                print(f"{family:20s} {exporter:30s} {summary(cell)}", flush=True)
+                cells.append(cell)
+    finally:
+        matrix.close()
+    if arguments.only != "export":
+        write(cells, matrix.versions(), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
