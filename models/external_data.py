@@ -141,6 +141,8 @@ def read_entries(data: memoryview) -> list[ExternalEntry]:
     Walks the wire format with an explicit stack, so that no nesting exhausts ours. A tensor with external data counts whether or not its
     `data_location` says so: readers that merge repeated fields could see it as external.
     """
+    if data[:4] == b"GGUF":
+        raise ModelError("this is a GGUF file", hint="import it first: octavo import MODEL.gguf -o DIR")
     entries: list[ExternalEntry] = []
     graphs = 0
     stack = [("model", data)]

@@ -258,6 +258,13 @@ def test_what_is_no_model_is_said_to_be_none(name: str, tmp_path: Path) -> None:
         assert str(tmp_path) in caught.value.message
 
 
+def test_a_gguf_file_is_sent_to_the_import(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03" + bytes(99))
+    with pytest.raises(ModelError, match="GGUF") as caught:
+        check_external_paths(tmp_path / "model.gguf")
+    assert "octavo import" in caught.value.hint
+
+
 def test_the_hash_covers_graph_and_data_and_nothing_else(folder: Path) -> None:
     path = write(folder, external("w", "w.data"))
     before = source_sha256(path)
