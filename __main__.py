@@ -24,7 +24,7 @@ from . import __version__
 from .errors import ModelError, OctavoError, OptionError, StepError
 
 if TYPE_CHECKING:
-    from .runtime import Completion, Model, Piece, RuntimeOptions, SamplingParams
+    from .runtime import Completion, Model, Piece, RuntimeOptions
 
 FINE, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -154,10 +154,11 @@ def generate(
     threads: Threads = None, memory: Memory = None, as_json: Json = False,
 ) -> None:
     """Continue one prompt (streamed) or several."""
+    given = _sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                      repetition_penalty=repetition_penalty, seed=seed, stop=stop)
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     with _loaded(path, _runtime(threads, memory)) as model:
-        params = _sampling(model, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                           repetition_penalty=repetition_penalty, seed=seed, stop=stop)
+        params = replace(model.default_params, **given)
         if len(prompts) == 1 and not as_json:
             _stream(model.stream(prompts[0], params))
             return
@@ -185,10 +186,11 @@ def chat(
     """
     if as_json and once is None:
         raise OptionError("--json needs --once", hint="an interactive chat has no single document to print")
+    given = _sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                      repetition_penalty=repetition_penalty, seed=seed, stop=stop)
     messages = [{"role": "system", "content": system}] if system else []
     with _loaded(path, _runtime(threads, memory)) as model:
-        params = _sampling(model, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                           repetition_penalty=repetition_penalty, seed=seed, stop=stop)
+        params = replace(model.default_params, **given)
         for message in [once] if once is not None else _asked():
             messages.append({"role": "user", "content": message})
             answer = _stream(model.stream(messages, params), quiet=as_json)
@@ -222,7 +224,7 @@ def demo(
     checked = run_check(out / "artifact", graph, progress=_say)
     _say(f"4/4 asking: {prompt}")
     with _loaded(out / "artifact", _runtime(None, None)) as model:
-        params = _sampling(model, max_tokens=max_tokens, temperature=0.0)
+        params = replace(model.default_params, max_tokens=max_tokens, temperature=0.0)
         answer = _stream(model.stream([{"role": "user", "content": prompt}], params), quiet=as_json)
     _print(
         as_json, {"answer": answer, "report": report.to_json(), "check": checked.to_json(), "artifact": str(out / "artifact")},
@@ -361,9 +363,13 @@ def _loaded(path: Path, options: RuntimeOptions) -> Iterator[Model]:
         model.close()
 
 
-def _sampling(model: Model, **given: Any) -> SamplingParams:
-    """What was given on the command line; the rest is the model's own (generation_config.json), as in Python."""
-    return replace(model.default_params, **{name: value for name, value in given.items() if value is not None})
+def _sampling(**given: Any) -> dict[str, Any]:
+    """What was given on the command line, found valid before a model is loaded; the rest is the model's own, as in Python."""
+    from . import SamplingParams
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**chosen)
+    return chosen
 
 
 def _runtime(threads: int | None, memory: str | None) -> RuntimeOptions:
