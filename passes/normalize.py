@@ -35,8 +35,9 @@ def graph_size(model: ir.Model) -> tuple[int, int]:
 
 
 class Normalize(ir.passes.InPlacePass):
-    """1. Functions are inlined. 2. Constants become initializers, initializers are no inputs, names are unique. 3. Identities go. 4. Small
-    constant subgraphs are computed (by onnxruntime, so that the bits are those the graph itself would have). 5. Types are inferred.
+    """1. Functions are inlined. 2. Constants become initializers, initializers are no inputs, names are unique. 3. Identities go. 4. Types
+    are inferred, and CastLike says which type it means. 5. Small constant subgraphs are computed (by onnxruntime, so that the bits are
+    those the graph itself would have).
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -51,11 +52,12 @@ class Normalize(ir.passes.InPlacePass):
             common.NameFixPass(),
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
+            common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False),
         ):
             modified |= step(model).modified
+        modified |= _plain_casts(model)
         folded, note = _fold_small(model)
-        for step in (common.RemoveUnusedNodesPass(), common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)):
-            modified |= step(model).modified
+        modified |= common.RemoveUnusedNodesPass()(model).modified
         notes = tuple(text for text in (note, defaults) if text)
         after = graph_size(model)
         seconds = perf_counter() - start
@@ -75,6 +77,20 @@ def _defaults(model: ir.Model) -> str:
     """Before IR version 4 all initializers are inputs; later, those that are can be overridden, and we don't keep that."""
     names = [str(value.name) for value in model.graph.inputs if value.name in model.graph.initializers]
     return f"inputs with a default are constants now: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else ""
+
+
+def _plain_casts(model: ir.Model) -> bool:
+    """CastLike reads its second input for the type alone: as a Cast it doesn't depend on it. Left where the type is not known."""
+    changed = False
+    for node in list(model.graph):
+        like = node.inputs[1] if is_standard(node, "CastLike") and len(node.inputs) == 2 else None
+        if like is not None and like.dtype is not None:
+            result = ir.Value(type=ir.TensorType(like.dtype), shape=node.outputs[0].shape)
+            cast = ir.node("Cast", [node.inputs[0]], {"to": int(like.dtype)}, outputs=[result], name=node.name)
+            cast.metadata_props.update(node.metadata_props)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
+            changed = True
+    return changed
 
 
 def _fold_small(model: ir.Model) -> tuple[int, str]:

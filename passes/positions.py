@@ -7,7 +7,7 @@ only if its row t is a function of position t: not of the other positions, of ho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,9 @@ def _thresholds(observation: Observation, values: Sequence[ir.Value], max_contex
 
 
 def _positions_among(observation: Observation, values: Sequence[ir.Value], thresholds: tuple[int, ...]) -> dict[ir.Value, PositionSource]:
-    """Integer values in the cones of `values` that are P + arange(S), also where a threshold is crossed."""
+    """Integer values in the cones of `values` that are P + arange(S), also where a threshold is crossed. Where the graph takes position_ids
+    and is given others, such a value must be those, or not follow from them.
+    """
     whole = cone(values, observation.is_dims)
     possible: dict[ir.Value, int] = {}
     for value in dict.fromkeys((*values, *whole.leaves, *(output for node in whole.nodes for output in node.outputs))):
@@ -94,12 +96,15 @@ def _positions_among(observation: Observation, values: Sequence[ir.Value], thres
             possible[value] = place
     probes = [probe for probe in situations(observation) if probe.attention_mask is None]
     probes += [Probe(1, 5, c - 2) if observation.cached else Probe(1, c + 2, 0) for c in thresholds]
+    if observation.interface.input("position_ids"):
+        probes += [replace(probe, position_ids=np.array([[9, 4, 21, 16, 11, 5, 30, 2][: probe.length]])) for probe in probes[:2]]
     found: dict[ir.Value, PositionSource] = {}
     for number, probe in enumerate(probes):
         asked = list(found) if number else list(possible)
-        expected = np.arange(probe.past, probe.past + probe.length)
+        expected = [np.arange(probe.past, probe.past + probe.length)]
+        expected += [] if probe.position_ids is None else [probe.position_ids[0]]
         for value, array in zip(asked, observation.evaluate(asked, probe) if asked else ()):
-            if array.dtype.kind not in "iu" or not np.array_equal(array.reshape(-1), expected):
+            if array.dtype.kind not in "iu" or not any(np.array_equal(array.reshape(-1), positions) for positions in expected):
                 found.pop(value, None)
             elif number == 0:
                 found[value] = PositionSource(value, possible[value], array.ndim, ir.DataType.from_numpy(array.dtype))
@@ -148,8 +153,8 @@ def _rows(
     observation: Observation, values: Sequence[ir.Value], sources: tuple[PositionSource, ...], probe: Probe, positions: NDArray[Any],
 ) -> list[NDArray[Any]]:
     """`values` with the sources replaced by `positions`, tokens first."""
-    replace: Mapping[ir.Value, NDArray[Any]] = {source.value: laid(source, positions) for source in sources}
-    arrays = observation.evaluate(values, probe, replace=replace)
+    given: Mapping[ir.Value, NDArray[Any]] = {source.value: laid(source, positions) for source in sources}
+    arrays = observation.evaluate(values, probe, replace=given)
     rows = []
     for value, array in zip(values, arrays):
         place = _token_place(observation, value)
