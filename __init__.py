@@ -40,7 +40,29 @@ _HOME = {
     "OctavoError": ".errors",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "CheckReport",
+    "CompileOptions",
+    "CompileReport",
+    "Completion",
+    "Decision",
+    "Model",
+    "OctavoError",
+    "Piece",
+    "Result",
+    "RuntimeOptions",
+    "SamplingParams",
+    "Sequence",
+    "Session",
+    "Usage",
+    "__version__",
+    "check",
+    "compile",
+    "import_model",
+    "inspect",
+    "library_path",
+    "load",
+]
 
 if TYPE_CHECKING:
     from .compiler import CheckReport as CheckReport

@@ -10,15 +10,12 @@ from os import PathLike
 from pathlib import Path
 from time import perf_counter
 
-import onnx
-import onnx_ir as ir
-
 from ..custom_ops.contract import CACHE_LAYOUT
 from ..errors import ModelError
 from ..models.artifact import REPORT, Artifact, Manifest, SourceRecord
 from ..models.external_data import source_sha256
 from ..models.gguf import import_gguf
-from ..models.onnx_reader import read_onnx
+from ..models.onnx_reader import Source, read_onnx
 from ..passes.normalize import graph_size
 from .emit import emit
 from .ledger import Ledger
@@ -27,16 +24,15 @@ from .pipeline import Rewritten, rewrite
 from .report import CompileReport, Sizes
 from .thresholds import quality_thresholds
 
-Source = str | PathLike[str] | onnx.ModelProto | ir.Model
 
-
-def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions = CompileOptions()) -> CompileReport:
+def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions | None = None) -> CompileReport:
     """Compiles an exported ONNX model into the artifact folder `out`, and tells what was done.
 
     `source` is a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is never changed. Raises ModelError or UnsafePathError (can't be
     read), OptionError (options contradict the graph), RefusedError (`strict`, or an explicit wish that can't be had), ArtifactError (`out`
     is something else). A graph that can't be rewritten is no error: its kind is "baseline" and the report says why.
     """
+    options = options or CompileOptions()
     compiled = _build(source, options)
     manifest = Manifest(
         kind=compiled.rewritten.kind, interface=compiled.rewritten.interface, spec=compiled.rewritten.spec, source=compiled.record(),

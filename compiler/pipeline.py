@@ -16,34 +16,27 @@ from time import perf_counter
 import onnx_ir as ir
 
 from ..errors import OptionError, RefusedError
-from ..models.interface import GraphInterface
 from ..models.onnx_reader import graph_interface
-from ..models.spec import CacheName, Kind, ModelSpec
+from ..models.spec import CacheName
+from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
+from ..passes.attention.lower_flash import LowerFlash, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
 from ..passes.attention.match import match_attention
 from ..passes.attention.site import AttentionSite
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
+from ..passes.empty_past import EmptyPast
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
 from ..passes.observe import Observation, ObservationError, observe
 from ..passes.outcome import Outcome, Refusal
 from ..passes.verify import Verify
 from .context import max_context_of
+from .features import decide
 from .ledger import Ledger
 from .options import CompileOptions
 from .report import SiteLine
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A graph and what it has become."""
-
-    model: ir.Model
-    kind: Kind
-    interface: GraphInterface
-    spec: ModelSpec | None
-    quantized: bool
+from .rewritten import Rewritten
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def rewrite(read: Callable[[], ir.Model], folder: Path | None, options: CompileO
         ledger.caught("rewrite", error, "the graph as a whole")
         rewritten = None
     rewritten = rewritten or _baseline(read())
-    _decide(rewritten, options, ledger)
+    decide(rewritten, options, ledger)
     return rewritten
 
 
@@ -147,19 +140,48 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     model = understood.model
     for stage in (LowerPaged(plan), LogitRows(plan), CacheInterface(plan), Cleanup()):
         ledger.run(stage, model)
-    verified = ledger.run(Verify(plan.interface()), model)
+    verified = ledger.run(Verify(plan.interface), model)
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
     ledger.sites = tuple(_line(site, "PagedAttention") for site in plan.sites)
-    return Rewritten(model, "paged", plan.interface(), plan.spec, understood.quantized)
+    return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized)
 
 
 def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
-    return None
+    plan = plan_contiguous(
+        understood.observation, understood.sites, max_context=understood.max_context, refused=len(understood.refusals),
+    )
+    if isinstance(plan, Refusal):
+        ledger.refuse([plan])
+        ledger.decide("contiguous", "off", plan.reason, plan.where)
+        return None
+    for stage in (LowerContiguous(plan), Cleanup()):
+        ledger.run(stage, understood.model)
+    targets = {layer.site.name: "GroupQueryAttention" for layer in plan.layers}
+    ledger.sites = tuple(_line(site.with_rotary_in_graph(), targets.get(site.name, "")) for site in understood.sites)
+    return Rewritten(understood.model, "contiguous", plan.interface, plan.spec, understood.quantized)
 
 
 def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
-    return None
+    """Encoders, and decoders without a cache: asked for with kv_cache=False, or because no cache can be had."""
+    observation, model = understood.observation, understood.model
+    if observation.cached and options.kv_cache is not False:
+        return None    # a decoder that brings a cache keeps it, as a baseline
+    interface, target = observation.interface, ""
+    if options.flash_attention:
+        plan = plan_flash(observation, understood.sites, refused=len(understood.refusals))
+        if isinstance(plan, Refusal):
+            ledger.refuse([plan])
+            return None
+        ledger.run(LowerFlash(plan), model)
+        interface, target = plan.interface, "FlashAttention"
+    elif observation.cached:
+        emptied = EmptyPast(observation)
+        ledger.run(emptied, model)
+        interface = emptied.interface
+    ledger.run(Cleanup(), model)
+    ledger.sites = tuple(_line(site.with_rotary_in_graph(), target) for site in understood.sites)
+    return Rewritten(model, "stateless", interface, None, understood.quantized)
 
 
 def _baseline(model: ir.Model) -> Rewritten:
@@ -175,39 +197,6 @@ def _assert_masking(sites: Sequence[AttentionSite], options: CompileOptions) -> 
         if site.mask.kind != wanted:
             proved = f"a window of {site.mask.window}" if site.mask.kind == "window" else site.mask.kind
             raise OptionError(f'masking="{options.masking}" was asserted, and the mask of {site.name} was proved to be {proved}', hint="leave masking out")
-
-
-def _decide(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
-    """One decision per feature, whatever came of it."""
-    kind, spec = rewritten.kind, rewritten.spec
-    formats = sorted({layer.cache for layer in spec.cache_layers}) if spec and kind == "paged" else []
-    if options.kv_cache == "fp16" and kind != "paged":
-        raise RefusedError(f"kv_cache={options.kv_cache!r} was asked for, and a {kind} model has no such cache", hint='use kv_cache="auto"')
-    ledger.decide("kind", kind, _KINDS[kind])
-    if kind == "paged":
-        ledger.decide("paged", "on", f"all {len(ledger.sites)} sites page, and no token sees another outside them")
-        ledger.decide("kv_cache", formats[0], "asked for" if options.kv_cache != "auto" else "auto: the smallest format that adds no measurable error")
-        ledger.decide("kv_precision", formats[0], "one format for all layers")
-        ledger.decide("flash_attention", "off", "a paged model attends through PagedAttention")
-    else:
-        if not options.paged:
-            ledger.decide("paged", "off", "paged=False was asked for")
-        cached = kind == "contiguous" or (kind == "baseline" and any(port.role == "past_key" for port in rewritten.interface.inputs))
-        ledger.decide("kv_cache", "graph" if cached else "off", "past and present are the graph's own, fp32" if cached else "no cache in this kind's graph")
-        flash = sum(site.target == "FlashAttention" for site in ledger.sites)
-        reason = f"{flash} sites" if flash else ("flash_attention=False was asked for" if not options.flash_attention else f"nothing to use it in a {kind} model")
-        ledger.decide("flash_attention", "on" if flash else "off", reason)
-    masks = sorted({site.mask for site in ledger.sites})
-    ledger.decide("masking", ", ".join(masks) or "the graph's own", f"proved by evaluation at {len(ledger.sites)} sites" if masks else "no mask was replaced")
-    ledger.decide("weights", "fp32", "stored quantized, computed in fp32" if rewritten.quantized and kind != "baseline" else "as in the source")
-
-
-_KINDS: dict[Kind, str] = {
-    "paged": "token-flat, many sequences a step",
-    "contiguous": "past and present as the exporter has them, one sequence a run",
-    "stateless": "the graph's own interface, no cache",
-    "baseline": "the graph as it stands",
-}
 
 
 def _line(site: AttentionSite, target: str) -> SiteLine:

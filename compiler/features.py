@@ -1,0 +1,61 @@
+"""One decision per feature, whatever came of a compile: what is on, what is off, and why."""
+
+from __future__ import annotations
+
+from ..errors import RefusedError
+from ..models.spec import Kind
+from .ledger import Ledger
+from .options import CompileOptions
+from .rewritten import Rewritten
+
+_KINDS: dict[Kind, str] = {
+    "paged": "token-flat, many sequences a step",
+    "contiguous": "past and present as the exporter has them, one sequence a run",
+    "stateless": "the graph's own interface, no cache",
+    "baseline": "the graph as it stands",
+}
+
+
+def decide(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
+    """Enters the decisions. RefusedError where fp16 was asked for by name and the kind can't have it."""
+    if options.kv_cache == "fp16" and rewritten.kind != "paged":
+        raise RefusedError(
+            f"kv_cache='fp16' was asked for, and this model becomes {rewritten.kind}, whose cache is fp32",
+            hint='use kv_cache="auto", and see the refusals with octavo inspect',
+        )
+    ledger.decide("kind", rewritten.kind, _KINDS[rewritten.kind])
+    if rewritten.kind == "paged":
+        _paged(rewritten, options, ledger)
+    else:
+        _not_paged(rewritten, options, ledger)
+    masks = sorted({site.mask for site in ledger.sites})
+    proved = f"proved by evaluation at {len(ledger.sites)} sites" if masks else "no mask was understood"
+    ledger.decide("masking", ", ".join(masks) or "the graph's own", proved)
+    stored = rewritten.quantized and rewritten.kind != "baseline"
+    ledger.decide("weights", "fp32" if stored else "as in the source", "stored quantized, computed in fp32" if stored else "nothing was quantized")
+
+
+def _paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
+    assert rewritten.spec is not None, "a paged model has a spec"
+    formats = ", ".join(sorted({layer.cache for layer in rewritten.spec.cache_layers}))
+    asked = f"kv_cache={options.kv_cache!r} was asked for"
+    ledger.decide("paged", "on", f"all {len(ledger.sites)} sites page, and no token sees another outside them")
+    ledger.decide("kv_cache", "paged", "blocks, updated in place")
+    ledger.decide("kv_precision", formats, "auto: half the bytes of fp32" if options.kv_cache == "auto" else asked)
+    ledger.decide("flash_attention", "off", "a paged model attends through PagedAttention")
+
+
+def _not_paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
+    kind = rewritten.kind
+    if not options.paged:
+        ledger.decide("paged", "off", "paged=False was asked for")
+    elif options.kv_cache is False:
+        ledger.decide("paged", "off", "kv_cache=False was asked for")
+    cached = any(port.role == "past_key" for port in rewritten.interface.inputs)
+    why = "kv_cache=False was asked for" if options.kv_cache is False else f"a {kind} graph of this source has no cache"
+    ledger.decide("kv_cache", "contiguous" if cached else "off", "past and present are inputs and outputs of the graph" if cached else why)
+    if cached:
+        ledger.decide("kv_precision", "fp32", f"what a {kind} model has")
+    flash = sum(site.target == "FlashAttention" for site in ledger.sites)
+    unused = "flash_attention=False was asked for" if not options.flash_attention else f"no site of a {kind} model uses it"
+    ledger.decide("flash_attention", "on" if flash else "off", f"{flash} of {len(ledger.sites)} sites" if flash else unused)
