@@ -20,7 +20,7 @@ from .attention.site import AttentionSite
 from .extract import cone
 from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
-from .positions import position_sources, situations
+from .positions import MAX_CONTEXT, position_sources, situations, thresholds_in
 from .token_axis import Dims, Sideways, TokenAxis, View, for_one_sequence, token_dimension
 from .token_rules import RULES
 
@@ -41,24 +41,32 @@ class Locality:
     axes: dict[ir.Value, TokenAxis]
 
 
-def prove_local(observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = ()) -> tuple[Refusal, ...]:
+def prove_local(
+    observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = (), max_context: int = MAX_CONTEXT,
+) -> tuple[Refusal, ...]:
     """Why the observed graph is not token-local outside `sites`, with rows of structural values that follow from the position alone; empty
-    where it is proved to be. Of the sites in `folded` the rotary embedding belongs to the site, of others it is part of the graph.
+    where it is proved to be, for sequences of up to `max_context` tokens. Of the sites in `folded` the rotary embedding belongs to the
+    site, of others it is part of the graph.
     """
-    traced = trace_tokens(observation, sites, folded=folded)
-    sources = position_sources(observation, traced.positional)
+    traced = trace_tokens(observation, sites, folded=folded, max_context=max_context)
+    sources = position_sources(observation, traced.positional, max_context=max_context)
     return (*traced.refusals, sources) if isinstance(sources, Refusal) else traced.refusals
 
 
-def trace_tokens(observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = ()) -> Locality:
+def trace_tokens(
+    observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = (), max_context: int = MAX_CONTEXT,
+) -> Locality:
     """Follows the token axis through the whole graph. Rows of structural values are not judged here, but handed on."""
-    return _Trace(observation, sites, folded).run()
+    return _Trace(observation, sites, folded, max_context).run()
 
 
 class _Trace:
     """One proof. A value without an axis that is data was refused, or follows from one that was: each cause is reported once."""
 
-    def __init__(self, observation: Observation, sites: Sequence[AttentionSite], folded: Sequence[AttentionSite]) -> None:
+    def __init__(
+        self, observation: Observation, sites: Sequence[AttentionSite], folded: Sequence[AttentionSite], max_context: int,
+    ) -> None:
+        self.max_context = max_context
         self.model = observation.model
         self.observation = observation
         self.starts = [(site.output, site.output_layout) for site in sites]
@@ -189,7 +197,7 @@ class _Trace:
     def _check_fixed(self) -> None:
         """Structural values without rows must be the same at all lengths and masks: a scale by √S, or a bound P, looks sideways."""
         try:
-            for value, index in _differing(self.observation, list(self.fixed)):
+            for value, index in _differing(self.observation, list(self.fixed), self.max_context):
                 nearest = f"differs at {index}"
                 self.refusals.append(Refusal(f"{value.name} follows from lengths or from attention_mask", self.fixed[value], nearest))
         except ObservationError as error:
@@ -202,11 +210,11 @@ class _Trace:
         return ", ".join(str(self.axes[value]) for value in node.inputs if value is not None and value in self.axes)
 
 
-def _differing(observation: Observation, values: Sequence[ir.Value]) -> Iterable[tuple[ir.Value, Probe]]:
+def _differing(observation: Observation, values: Sequence[ir.Value], max_context: int) -> Iterable[tuple[ir.Value, Probe]]:
     """Values that are not the same at all situations, each with the first that shows it."""
     if not values:
         return
-    first, *rest = situations(observation)
+    first, *rest = situations(observation, thresholds_in(observation, values, max_context))
     expected = observation.evaluate(values, first)
     told: set[ir.Value] = set()
     for probe in rest:

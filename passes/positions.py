@@ -22,6 +22,9 @@ from .token_axis import Sideways, for_one_sequence, token_dimension
 # Positions that are always looked at; those around each constant of the cone come to them (a threshold is written down somewhere).
 _POSITIONS = (0, 1, 2, 3, 7, 12)
 
+# Where nothing says how long a sequence can be.
+MAX_CONTEXT = 8192
+
 # Elementwise kernels may round the last bits differently in a vector's tail than in its body; nothing else may differ.
 _ULPS = 8
 
@@ -39,7 +42,7 @@ class PositionSource:
 
 
 def position_sources(
-    observation: Observation, values: Sequence[ir.Value], *, max_context: int = 1 << 13,
+    observation: Observation, values: Sequence[ir.Value], *, max_context: int = MAX_CONTEXT,
 ) -> dict[ir.Value, PositionSource] | Refusal:
     """What to replace by positions so that each row of `values` (structural) follows from its token's position, and from nothing else.
 
@@ -50,7 +53,7 @@ def position_sources(
         values = [value for value in values if _token_place(observation, value) is not None]
         if not values:
             return {}
-        thresholds = _thresholds(observation, values, max_context)
+        thresholds = thresholds_in(observation, values, max_context)
         candidates = _positions_among(observation, values, thresholds)
         leaves = cone(values, lambda value: value in candidates or observation.is_dims(value)).leaves
         sources = {leaf: candidates[leaf] for leaf in leaves if leaf in candidates}
@@ -61,10 +64,11 @@ def position_sources(
         return Refusal(f"positions can't be evaluated: {error.message}", str(values[0].name))
 
 
-def situations(observation: Observation) -> tuple[Probe, ...]:
-    """Lengths and, where the graph takes one, masks with padding: what must not change a value that is called fixed."""
+def situations(observation: Observation, thresholds: Sequence[int] = ()) -> tuple[Probe, ...]:
+    """Lengths, also beyond `thresholds`, and masks with padding where the graph takes one: none of it may change what is called fixed."""
     shapes = ((3, 5), (5, 2), (1, 11), (7, 0)) if observation.cached else ((3, 0), (5, 0), (1, 0), (8, 0))
-    probes = [Probe(1, *shape) for shape in shapes]
+    beyond = [(3, c + shift) if observation.cached else (c + shift, 0) for c in thresholds for shift in (-4, -2, 1)]
+    probes = [Probe(1, *shape) for shape in (*shapes, *beyond)]
     if observation.interface.input("attention_mask"):
         for length, past in shapes[:2]:
             mask = np.ones((1, past + length), np.int64)
@@ -73,7 +77,7 @@ def situations(observation: Observation) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
-def _thresholds(observation: Observation, values: Sequence[ir.Value], max_context: int) -> tuple[int, ...]:
+def thresholds_in(observation: Observation, values: Sequence[ir.Value], max_context: int) -> tuple[int, ...]:
     """Whole numbers that are written in the cone, as far as positions can reach them."""
     found: set[int] = set()
     for leaf in cone(values, observation.is_dims).leaves:
@@ -94,8 +98,7 @@ def _positions_among(observation: Observation, values: Sequence[ir.Value], thres
         place = _row(observation, value)
         if place is not None:
             possible[value] = place
-    probes = [probe for probe in situations(observation) if probe.attention_mask is None]
-    probes += [Probe(1, 5, c - 2) if observation.cached else Probe(1, c + 2, 0) for c in thresholds]
+    probes = [probe for probe in situations(observation, thresholds) if probe.attention_mask is None]
     if observation.interface.input("position_ids"):
         probes += [replace(probe, position_ids=np.array([[9, 4, 21, 16, 11, 5, 30, 2][: probe.length]])) for probe in probes[:2]]
     found: dict[ir.Value, PositionSource] = {}
@@ -138,7 +141,7 @@ def _first_disagreement(
     past = 5 if observation.cached else 0
     alone = {p: _rows(observation, values, sources, Probe(1, 1, past), np.array([p])) for p in chosen}
     draw = np.random.default_rng(0)
-    for probe in (*situations(observation), Probe(1, len(chosen), past)):
+    for probe in (*situations(observation, thresholds), Probe(1, len(chosen), past)):
         positions = draw.permutation(chosen)[: probe.length] if probe.length <= len(chosen) else draw.choice(chosen, probe.length)
         for index, (value, rows) in enumerate(zip(values, _rows(observation, values, sources, probe, positions))):
             for position, row in zip(positions.tolist(), rows):

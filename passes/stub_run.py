@@ -35,13 +35,8 @@ class _Stubbed:
 
     def logits(self, input_ids: NDArray[Any], position_ids: NDArray[Any], logit_rows: NDArray[Any] | None = None) -> NDArray[Any]:
         """[R, V]; all rows where none are named."""
-        count = len(input_ids)
-        step = {
-            "input_ids": input_ids[None], "position_ids": position_ids[None],
-            "logit_rows": np.arange(count) if logit_rows is None else logit_rows,
-            "cumulative_sequence_length": np.array([0, count], np.int32), "past_seqlens": np.array([0], np.int32),
-            "parent": np.arange(-1, count - 1, dtype=np.int32),
-        }
+        rows = np.arange(len(input_ids)) if logit_rows is None else logit_rows
+        step = {"input_ids": input_ids[None], "position_ids": position_ids[None], "logit_rows": rows}
         feeds = {port.name: step[port.name] for port in self.session.get_inputs() if port.name not in self.weights}
         return run(self.session, {**self.weights, **feeds})[0]
 
