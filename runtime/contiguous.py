@@ -131,6 +131,8 @@ def why_not_a_decoder(interface: GraphInterface) -> str:
     for port in interface.inputs:
         if port.role in ("past_key", "past_value"):
             shape = port.shape or ()
+            if port.dtype not in ("float32", "float16", "float64"):
+                return f"its past {port.name!r} has the type {port.dtype}, which NumPy lacks"
             if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
                 return f"its past {port.name!r} has the shape {shape}, not (batch, heads, past, head size) with both sizes fixed"
             if interface.output("present_key" if port.role == "past_key" else "present_value", port.layer) is None:

@@ -125,11 +125,18 @@ class Engine:
         schedule = self._scheduler.schedule()
         for request in schedule.starved:
             self._fail(request, CapacityError(self._no_room(request), hint="close sequences, or load the model with more memory="))
-        for request, part, outcome in self._execute(schedule):
-            if isinstance(outcome, OctavoError):
-                self._fail(request, outcome)
-            else:
-                self._accept(request, part, outcome)
+        unread = dict(zip(schedule.requests, schedule.plan.slices))
+        try:
+            for request, part, outcome in self._execute(schedule):
+                if isinstance(outcome, OctavoError):
+                    self._fail(request, outcome)
+                else:
+                    self._accept(request, part, outcome)
+                del unread[request]
+        finally:
+            # An interrupt came in between: rows that nobody has read are computed again.
+            for request, part in unread.items():
+                self.executor.truncate(request.sequence, part.start)
 
     def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Rows | OctavoError]]:
         """Each request with its logits, or with what went wrong.

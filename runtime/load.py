@@ -52,8 +52,7 @@ def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None,
 
 def _load_artifact(artifact: Artifact, options: RuntimeOptions) -> Model:
     manifest, log = artifact.manifest, DecisionLog(artifact.manifest.decisions)
-    # A contiguous or baseline graph has onnxruntime's ops only (DESIGN: stock GroupQueryAttention, or the graph's own).
-    session = open_session(artifact.graph, options, op_library=manifest.kind in ("paged", "stateless"))
+    session = _open_graph(artifact, options, log)
     _record_threads(log, options)
     model_bytes = file_bytes(artifact.graph, artifact.folder / WEIGHTS)
     executor: Executor | str
@@ -63,6 +62,22 @@ def _load_artifact(artifact: Artifact, options: RuntimeOptions) -> Model:
         bound = None if manifest.spec is None else manifest.spec.max_context
         executor = _contiguous(manifest.interface, session, options, log, bound or _context_bound(artifact.folder, log))
     return _model(manifest.kind, session, manifest.interface, executor, log=log, folder=artifact.folder, model_bytes=model_bytes)
+
+
+def _open_graph(artifact: Artifact, options: RuntimeOptions, log: DecisionLog) -> Any:
+    """The artifact's session; with our ops where its kind may have them (the others have onnxruntime's only)."""
+    kind = artifact.manifest.kind
+    try:
+        return open_session(artifact.graph, options, op_library=kind in ("paged", "stateless"))
+    except LibraryError as error:
+        if kind != "stateless":
+            raise
+        try:
+            session = open_session(artifact.graph, options, op_library=False)
+        except LibraryError:
+            raise error from None
+        log.load("op library", "not loaded", f"{error.message}; the graph needs none of its ops")
+        return session
 
 
 def _load_graph(path: Path, options: RuntimeOptions, log: DecisionLog, *, tokenizer_folder: Path) -> Model:

@@ -26,7 +26,7 @@ class Request:
         self.sequence = sequence
         self.first_row = first_row
         self.done = False
-        self.last_step = -1
+        self.last_turn = -1
 
     @property
     def num_pending(self) -> int:
@@ -148,9 +148,11 @@ class GenerateRequest(Request):
     def _sample(self, row: NDArray[np.float32]) -> None:
         generation, params = self.generation, self.generation.params
         early = len(self.output) < params.min_tokens
+        history = (generation.prompt, self.output) if params.penalizes else ((), ())
+        prompt, output = (np.array(tokens, np.int64) for tokens in history)
         token = sample(
-            row, params, prompt=np.array(generation.prompt, np.int64), output=np.array(self.output, np.int64),
-            banned=tuple(generation.stop_ids) if early else (), seed=generation.seed, completion=self.index,
+            row, params, prompt=prompt, output=output, banned=tuple(generation.stop_ids) if early else (), seed=generation.seed,
+            completion=self.index, index=len(self.output),
         )
         logprobs = () if params.logprobs is None else (token_logprob(row, token, params.logprobs),)
         self.output.append(token)

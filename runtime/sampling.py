@@ -21,6 +21,7 @@ from .results import TokenLogprob
 
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOKENS = 128, 20, 64, 1024, 2**31 - 1
 Row = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -95,22 +96,31 @@ class SamplingParams:
 
 
 def sample(
-    logits: Row, params: SamplingParams, *, prompt: NDArray[np.int64], output: NDArray[np.int64], banned: tuple[int, ...], seed: int,
-    completion: int,
+    logits: Row, params: SamplingParams, *, prompt: Ids, output: Ids, banned: tuple[int, ...], seed: int, completion: int, index: int,
 ) -> int:
-    """The next token, of index len(output). `logits` (V) is not changed; `banned` ids can't be drawn. ValueError if nothing can be."""
+    """Token `index` of a completion. `logits` (V) is not changed; `banned` ids can't be drawn. ValueError if nothing can be.
+
+    `prompt` and `output` are looked at where `params.penalizes`.
+    """
+    greedy = params.temperature == 0
+    if greedy and not (params.penalizes or params.logit_bias or banned):
+        return _best(logits)
     scores = adjust(logits, params, prompt=prompt, output=output, banned=banned)
-    if params.temperature == 0:
-        token = int(scores.argmax())
-        if not math.isfinite(scores[token]):
-            raise ValueError("no token has a finite logit")
-        return token
+    if greedy:
+        return _best(scores)
     probs = distribution(scores, params)
     cumulative = np.cumsum(probs)
-    point = uniform(seed, completion, len(output)) * cumulative[-1]
+    point = uniform(seed, completion, index) * cumulative[-1]
     token = int(np.searchsorted(cumulative, point, side="right"))
     # Rounding can put the point on the very end: the last token with any probability then.
     return token if token < len(probs) else int(np.flatnonzero(probs)[-1])
+
+
+def _best(scores: NDArray[Any]) -> int:
+    token = int(scores.argmax())    # the first NaN, where there is one
+    if not math.isfinite(scores[token]):
+        raise ValueError("no token has a finite logit" if not math.isnan(scores[token]) else "the model's logits are not numbers (NaN)")
+    return token
 
 
 def uniform(seed: int, completion: int, index: int) -> float:
@@ -120,7 +130,7 @@ def uniform(seed: int, completion: int, index: int) -> float:
 
 
 def adjust(
-    logits: Row, params: SamplingParams, *, prompt: NDArray[np.int64], output: NDArray[np.int64], banned: tuple[int, ...] = (),
+    logits: Row, params: SamplingParams, *, prompt: Ids, output: Ids, banned: tuple[int, ...] = (),
 ) -> NDArray[np.float64]:
     """Scores (V) after bias, bans and penalties."""
     scores = logits.astype(np.float64)
@@ -152,11 +162,17 @@ def distribution(scores: NDArray[np.float64], params: SamplingParams) -> NDArray
     if params.min_p > 0:
         probs[probs < params.min_p * probs.max()] = 0
     if 0 < params.top_k < len(probs):
+        border = np.partition(probs, -params.top_k)[-params.top_k]
+        kept = probs > border
         # Equal probabilities at the border: the smaller ids stay, so that exactly k do.
-        probs[np.argsort(-probs, kind="stable")[params.top_k :]] = 0
+        kept[np.flatnonzero(probs == border)[: params.top_k - np.count_nonzero(kept)]] = True
+        probs[~kept] = 0
     if params.top_p < 1:
         probs /= probs.sum()
-        order = np.argsort(-probs, kind="stable")
+        # All below this together are less than 1 − p, so p is reached without any of them: a vocabulary need not be sorted.
+        probs[probs < (1 - params.top_p) / len(probs)] = 0
+        order = np.flatnonzero(probs)
+        order = order[np.argsort(-probs[order], kind="stable")]
         before = np.cumsum(probs[order]) - probs[order]
         # A token stays while those above it have not reached p: the first always does.
         probs[order[1:][before[1:] >= params.top_p]] = 0

@@ -28,7 +28,7 @@ class Schedulable(Protocol):
     sequence: SequenceState
     first_row: int
     preemptable: bool
-    last_step: int
+    last_turn: int
 
     @property
     def num_pending(self) -> int: ...
@@ -53,7 +53,7 @@ class Scheduler(Generic[R]):
         self._memory = memory
         self._waiting: deque[R] = deque()
         self._running: list[R] = []     # oldest first
-        self._step = 0
+        self._turn = 0
 
     @property
     def num_waiting(self) -> int:
@@ -92,7 +92,7 @@ class Scheduler(Generic[R]):
         chosen: list[tuple[R, int]] = []
         budget = self.limits.max_tokens
         # Decoding requests first, so that no prompt stalls a stream; among them the one that has waited longest.
-        for request in sorted(self._running, key=lambda r: (r.num_pending > 1, r.last_step if r.num_pending == 1 else 0)):
+        for request in sorted(self._running, key=lambda r: (r.num_pending > 1, r.last_turn if r.num_pending == 1 else 0)):
             if len(chosen) == self.limits.max_sequences or budget == 0:
                 break
             if request not in self._running:
@@ -103,11 +103,11 @@ class Scheduler(Generic[R]):
             count = request.num_pending if budget is None else min(request.num_pending, budget)
             budget = None if budget is None else budget - count
             chosen.append((request, count))
-        self._step += 1
         # Memory for a later one may have been taken from an earlier, younger one.
         kept = [(request, _slice(request, count)) for request, count in chosen if request in self._running]
         for request, _ in kept:
-            request.last_step = self._step
+            self._turn += 1
+            request.last_turn = self._turn
         return Schedule(tuple(r for r, _ in kept), StepPlan(tuple(s for _, s in kept)), tuple(starved))
 
     def _admit(self) -> list[R]:

@@ -174,6 +174,11 @@ def test_without_the_op_library(no_library, paths, source, tmp_path):
         octavo.load(paths.paged, source=other)
 
 
+def test_a_stateless_graph_may_do_without_it(no_library, paths):
+    with octavo.load(paths.stateless) as model:
+        assert model.kind == "stateless" and any(d.feature == "op library" for d in model.decisions)
+
+
 def test_source_goes_with_an_artifact(source):
     with pytest.raises(OptionError, match="artifact"):
         octavo.load(source, source=source)

@@ -45,7 +45,7 @@ def brute_distribution(scores, params):
 
 @settings(deadline=None, max_examples=300)
 @given(rows, tokens, tokens, st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([-2.0, 0.0, 0.6]), st.sampled_from([-0.5, 0.0, 2.0]))
-def test_penalties(logits, prompt, output, repetition, presence, frequency):  # noqa: PLR0917
+def test_penalties(logits, prompt, output, repetition, presence, frequency):
     n = len(logits)
     prompt, output = [t % n for t in prompt], [t % n for t in output]
     params = SamplingParams(
@@ -66,8 +66,7 @@ def test_cuts(logits, temperature, top_k, top_p, min_p):
 
 
 def draw(logits, params, index=0, *, banned=()):
-    output = np.zeros(index, np.int64)
-    return sample(np.array(logits, np.float32), params, prompt=NONE, output=output, banned=banned, seed=1, completion=0)
+    return sample(np.array(logits, np.float32), params, prompt=NONE, output=NONE, banned=banned, seed=1, completion=0, index=index)
 
 
 def test_frequencies_are_the_distribution():

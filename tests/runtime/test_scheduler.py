@@ -1,0 +1,140 @@
+"""The scheduler on integers: random arrivals over a small pool, with the invariants after every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from octavo.runtime.kv.tables import BlockTables
+from octavo.runtime.plan import Limits, SequenceState
+from octavo.runtime.scheduler import Scheduler
+
+
+class Memory:
+    """The memory side of an executor, and a step that always works."""
+
+    def __init__(self, blocks):
+        self.tables = BlockTables(1, blocks, 4)
+
+    def reserve(self, sequence, stop):
+        return self.tables.reserve(sequence.cache, sequence.num_cached, stop)
+
+    def unreserve(self, sequence):
+        self.tables.unreserve(sequence.cache)
+
+    def truncate(self, sequence, length):
+        sequence.num_cached = min(sequence.num_cached, length)
+        self.tables.truncate(sequence.cache, sequence.num_cached)
+
+    def execute(self, plan):
+        for part in plan.slices:
+            self.tables.commit(self.tables.extend(part.sequence.cache, part.start, part.stop))
+            part.sequence.num_cached = part.stop
+
+
+@dataclass(eq=False)
+class Job:
+    sequence: SequenceState
+    left: int
+    preemptable: bool = True
+    first_row: int = 0
+    last_turn: int = -1
+    seen: list = field(default_factory=list)
+
+    @property
+    def num_pending(self):
+        return len(self.sequence.tokens) - self.sequence.num_cached
+
+
+def step(scheduler, memory, limits):
+    schedule = scheduler.schedule()
+    assert len(schedule.requests) == len(set(map(id, schedule.requests))) == len(schedule.plan.slices)
+    assert len(schedule.requests) <= limits.max_sequences and schedule.plan.num_tokens <= limits.max_tokens
+    memory.execute(schedule.plan)
+    for job in schedule.requests:
+        if job.num_pending == 0:
+            job.left -= 1
+            job.sequence.tokens.append(1)
+        if job.left == 0:
+            finish(scheduler, memory, job)
+    scheduler.check()
+    memory.tables.check()
+    return schedule
+
+
+def finish(scheduler, memory, job):
+    scheduler.remove(job)
+    memory.tables.close(job.sequence.cache)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8), st.integers(11, 24),
+       st.sampled_from([Limits(1, 8), Limits(3, 8), Limits(4, 64)]))
+def test_everyone_is_served(arrivals, blocks, limits):
+    """No pool too small for one is too small for many; none is starved, nobody stalls, everything is given back."""
+    memory = Memory(blocks)
+    scheduler = Scheduler(limits, memory)
+    jobs, clock = [], 0
+    queue = sorted(arrivals, key=lambda arrival: arrival[0])
+    while queue or any(job.left for job in jobs):
+        while queue and queue[0][0] <= clock:
+            _, prompt, count = queue.pop(0)
+            jobs.append(Job(SequenceState([0] * prompt, memory.tables.open()), count))
+            scheduler.add(jobs[-1])
+        oldest = scheduler._running[0] if scheduler._running else None
+        cached = oldest.sequence.num_cached if oldest else 0
+        schedule = step(scheduler, memory, limits)
+        assert not schedule.starved
+        assert oldest is None or limits.max_sequences == 1 or oldest.left == 0 or oldest.sequence.num_cached > cached, "the oldest gets on"
+        clock += 1
+        assert clock < 2000
+    assert memory.tables.pools[0].num_free == blocks
+
+
+def test_a_long_prompt_does_not_stall_a_stream():
+    memory, limits = Memory(100), Limits(4, 8)
+    scheduler = Scheduler(limits, memory)
+    streams = [Job(SequenceState([0], memory.tables.open()), 40) for _ in range(3)]
+    for job in streams:
+        scheduler.add(job)
+    step(scheduler, memory, limits)
+    prompt = Job(SequenceState([0] * 40, memory.tables.open()), 1)
+    scheduler._running.insert(0, prompt)    # older than all of them
+    for _ in range(8):
+        left = [job.left for job in streams]
+        step(scheduler, memory, limits)
+        assert [job.left for job in streams] == [n - 1 for n in left]
+    assert prompt.left == 0, "and the prompt had the rest of the budget"
+
+
+def test_first_come_first_served():
+    memory, limits = Memory(12), Limits(4, 64)
+    scheduler = Scheduler(limits, memory)
+    first, big, small = (Job(SequenceState([0] * n, memory.tables.open()), 2) for n in (20, 32, 4))
+    for job in (first, big, small):
+        scheduler.add(job)
+    assert step(scheduler, memory, limits).requests == (first,), "the small one does not overtake the one that waits for room"
+    step(scheduler, memory, limits)
+    assert step(scheduler, memory, limits).requests == (big, small)
+
+
+def test_starved_where_nobody_will_free_anything():
+    memory, limits = Memory(3), Limits(4, 64)
+    scheduler = Scheduler(limits, memory)
+    held = SequenceState([0] * 8, memory.tables.open())
+    memory.tables.commit(memory.tables.extend(held.cache, 0, 8))
+    job = Job(SequenceState([0] * 5, memory.tables.open()), 1)
+    scheduler.add(job)
+    assert scheduler.schedule().starved == (job,) and scheduler.num_waiting == scheduler.num_running == 0
+
+
+def test_more_forks_than_a_step_takes_turns():
+    memory, limits = Memory(40), Limits(2, 64)
+    scheduler = Scheduler(limits, memory)
+    jobs = [Job(SequenceState([0], memory.tables.open()), 4) for _ in range(5)]
+    for job in jobs:
+        scheduler.add(job, admitted=True)
+    for _ in range(5):
+        step(scheduler, memory, limits)
+    assert [job.left for job in jobs] == [2] * 5
