@@ -86,7 +86,7 @@ class TokenFlatInputs:
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
     """A new graph input."""
-    return ir.Input(name, ir.Shape(shape), ir.TensorType(dtype))
+    return ir.val(name, dtype, shape)
 
 
 def graph_port(value: ir.Value, role: Role, layer: int | None) -> GraphPort:
