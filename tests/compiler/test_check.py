@@ -161,9 +161,10 @@ def _broken(artifact: Path, target: Path, fault: Callable[[onnx.ModelProto], Non
 FAULTS = [_scale_off_by_one_percent, _two_heads_swapped, _written_one_slot_off, _key_of_the_token_before, _one_weight_changed]
 
 
+@pytest.mark.parametrize("cache", ["fp32", "fp16"])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__.strip("_"))
-def test_a_wrong_artifact_fails(artifacts, source, tmp_path, fault):
-    report = octavo.check(_broken(artifacts["fp32"], tmp_path / "art", fault), source)
+def test_a_wrong_artifact_fails(artifacts, source, tmp_path, fault, cache):
+    report = octavo.check(_broken(artifacts[cache], tmp_path / "art", fault), source)
     assert not report.ok
     assert any(not result.ok for result in report.results if result.comparison == "reference"), report.to_text()
     assert "FAILED" in report.to_text()
