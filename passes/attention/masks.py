@@ -213,12 +213,9 @@ class MaskProver:
             assert probe.attention_mask is not None
             cells = visible(source, self._lab, probe)
             real = probe.attention_mask.astype(np.bool_)
-            base = np.broadcast_to(candidate.predict(mask, probe), (probe.batch, 1, *cells.shape[-2:]))
-            rows = real[:, None, probe.past:, None]
-            agree = {
-                padding: np.array_equal(np.broadcast_to(cells & rows, hidden.shape), hidden & rows)
-                for padding, hidden in ((True, base & real[:, None, None, :]), (False, base))
-            }
+            base, rows = candidate.predict(mask, probe), real[:, None, probe.past:, None]
+            hidden = {True: base & real[:, None, None, :], False: base}
+            agree = {padding: not np.any((cells ^ expected) & rows) for padding, expected in hidden.items()}
             if hides is None and (agree[True] or agree[False]):
                 hides = agree[True]
             if hides is None or not agree[hides]:

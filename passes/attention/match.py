@@ -209,7 +209,8 @@ class _Matcher:
         if product is None:
             return Refusal("the softmax's result goes into no product with values", where, f"softmax: node {node.name}, expected MatMul(P, V)")
         if scores is None:
-            return Refusal("the softmax's scores come from no single product of query and key", where, self._nearest_scores(scores_in))
+            reason, nearest = self._nearest_scores(scores_in)
+            return Refusal(reason, where, nearest)
         return self._read_products(node, scores, product, after, where)
 
     def _product_behind(self, result: ir.Value) -> tuple[ir.Node | None, Chain | None]:
@@ -240,10 +241,15 @@ class _Matcher:
                     return chain
         return None
 
-    def _nearest_scores(self, scores: ir.Value) -> str:
-        *_, (computed, _) = self.lab.graph.walk(scores, SCORES)
-        ends = ", ".join(f"{v.name} from {v.producer().op_type}" for v in computed)  # type: ignore[union-attr]
-        return f"scores: expected one MatMul of data behind scale, softcap and mask, found {ends}"
+    def _nearest_scores(self, scores: ir.Value) -> tuple[str, str]:
+        """What the walk back from the scores ran into: more than a product means that something else of the data has a part in them."""
+        *_, (_, chain) = self.lab.graph.walk(scores, SCORES)
+        ends = [f"{v.name} from {'the inputs' if (node := v.producer()) is None else node.op_type}" for v in chain.leaves]
+        nearest = f"scores: expected one MatMul of data behind scale, softcap and mask, found {', '.join(ends)}"
+        products = [v for v in chain.leaves if (node := v.producer()) is not None and node.op_type == "MatMul"]
+        if products and len(chain.leaves) > 1:
+            return "the mask depends on data", nearest
+        return "the softmax's scores come from no single product of query and key", nearest
 
     def _is_data(self, value: ir.Value | None) -> bool:
         return value is not None and self.lab.graph.is_data(value)

@@ -1,0 +1,8 @@
+"""Makes the sketched decoders and the drivers importable by the tests of this folder and of the one above."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
