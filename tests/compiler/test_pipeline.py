@@ -202,7 +202,8 @@ def test_file_proto_and_ir_model_are_untouched(tiny_onnx: Path, tmp_path: Path) 
 
 def test_parameters_keep_their_bits(tiny_onnx: Path, tmp_path: Path) -> None:
     _compile(tiny_onnx / "model.onnx", tmp_path / "out")
-    original, compiled = ({t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path / "model.onnx").graph.initializer} for path in (tiny_onnx, tmp_path / "out"))
+    graphs = (onnx.load(path / "model.onnx").graph for path in (tiny_onnx, tmp_path / "out"))
+    original, compiled = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs)
     kept = {hashlib.sha256(array.tobytes()).digest() for array in compiled.values()}
     weights = {name: array for name, array in original.items() if array.dtype == np.float32 and array.ndim and array.size > 32 and "rotary" not in name}
     assert len(weights) > 10
