@@ -179,8 +179,10 @@ def test_each_cause_is_told_once() -> None:
 
 
 def test_softmax_before_opset_13_covers_all_trailing_dimensions() -> None:
-    """There, axis 1 of [B, S, 8] means over S and features together."""
-    assert refusals(graph("z = Softmax<axis = 1>(h)", opset=11)) and not refusals(graph("z = Softmax<axis = 2>(h)", opset=11))
+    """There, axis 1 of [B, 8, S] means over features and tokens together."""
+    body = "t = Transpose<perm = [0, 2, 1]>(h) a = Softmax<axis = 1>(t) z = Transpose<perm = [0, 2, 1]>(a)"
+    assert refusals(graph(body, opset=11)) and not refusals(graph(body))
+    assert not refusals(graph("z = Softmax<axis = 2>(h)", opset=11))
 
 
 POSITIONS = ", int64[B,S] position_ids"

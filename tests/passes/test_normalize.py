@@ -91,6 +91,23 @@ def test_weights_are_not_folded(size: int, folded: bool) -> None:
     assert ("Neg" not in ops(model)) == folded
 
 
+def test_a_row_of_a_weight_is_not_folded() -> None:
+    """It is small, but to have it the weight would be read."""
+    model = ir.from_onnx_text("""
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[n] x) => (float[n] y) <float[1,1] w = {0}, int64 row = {3}> { part = Gather(w, row) y = Add(x, part) }
+""")
+
+    def unreadable() -> ir.Tensor:
+        raise AssertionError("a weight was read")
+
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.LazyTensor(unreadable, dtype=ir.DataType.FLOAT, shape=ir.Shape([1000, 1]), name="w")
+    weight.shape = ir.Shape([1000, 1])
+    result = Normalize()(model)
+    assert ops(model) == ["Gather", "Add"] and not result.outcome.notes
+
+
 def test_something_large_out_of_something_small_is_not_folded() -> None:
     model = ir.from_onnx_text("""
 <ir_version: 10, opset_import: ["" : 18]>
