@@ -23,8 +23,8 @@ from ..errors import ModelError, RequestError
 
 MAX_SOURCE = 1 << 20    # characters; the longest known templates have 30 thousand
 MAX_SIZE = 1 << 22      # characters of any text, items of any list, and of the result
-MAX_STEPS = 200_000     # loop rounds and calls of one rendering
-_PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"})
+MAX_STEPS = 100_000     # loop rounds and calls of one rendering
+_PADDING_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate"})
 _PADDING_FILTERS = ("center", "indent", "format", "wordwrap", "xmlattr", "pprint")
 _TICK = "__step"
 # What a template, or our sandbox, raises out of a template that goes wrong.
@@ -104,6 +104,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str | bytes) and attr in _PADDING_METHODS)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        # Looked up before is_safe_attribute is asked, and it would pad to any width.
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("str.format is not available to a chat template")
 
     def _tick(self) -> str:
         self._steps += 1

@@ -138,3 +138,14 @@ def test_more_forks_than_a_step_takes_turns():
     for _ in range(5):
         step(scheduler, memory, limits)
     assert [job.left for job in jobs] == [2] * 5
+
+
+def test_the_youngest_gives_way():
+    memory, limits = Memory(6), Limits(4, 64)
+    scheduler = Scheduler(limits, memory)
+    old, middle, young = (Job(SequenceState([0] * 8, memory.tables.open()), 9) for _ in range(3))
+    for job in (old, middle, young):
+        scheduler.add(job)
+    step(scheduler, memory, limits)
+    assert step(scheduler, memory, limits).requests == (old, middle)
+    assert (scheduler.num_preemptions, young.sequence.num_cached, scheduler.num_waiting) == (1, 0, 1)

@@ -140,7 +140,7 @@ ESCAPES = [
     "{{ raise_exception('no') }}",
 ]
 BOMBS = [
-    "{% for a in range(199999) %}{% for b in range(199999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(999999999) %}{% endfor %}",
     "{% set n = [0] * 600 %}{% for a in n %}{% for b in n %}{% for c in n %}{% endfor %}{% endfor %}{% endfor %}",
     "{% set n = namespace(x='aaaaaaaa') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
