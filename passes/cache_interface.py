@@ -135,6 +135,9 @@ def plan_token_flat(
     rows = find_rows(observation, body.logits, {site.output for site in sites})
     if isinstance(rows, Refusal):
         return rows
+    dropped = [port.name for port in observation.interface.outputs if port.role not in ("logits", "present_key", "present_value")]
+    if dropped:
+        notes = (*notes, f"outputs that a token-flat decoder does not have: {', '.join(dropped)}")
     inputs = TokenFlatInputs.of(sites, caches or ["fp32"] * len(sites))
     spec = ModelSpec(body.vocab_size, max_context, inputs.layers, inputs.groups)
     return TokenFlatPlan(sites, tables, inputs, body, rows, spec, notes)

@@ -47,7 +47,7 @@ def find_rows(observation: Observation, logits: ir.Value, mixing: Collection[ir.
         return Refusal("the logits have no rows of tokens", str(logits.name), f"shape {observation.dims(logits)}")
     best, frontier = RowsAt(logits, axis), {logits}
     while True:
-        latest = max(frontier, key=lambda value: order.get(value.producer(), -1))  # type: ignore[arg-type]
+        latest = max(frontier, key=lambda value: order.get(value.producer(), -1))
         node = latest.producer()
         if node is None or latest in mixing or not _is_rowwise(observation, node):
             return best

@@ -8,6 +8,7 @@ come from the observation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,8 +230,8 @@ _RUN: dict[str, _Run] = {
     "Div": lambda node, x: [x[0] / x[1]],
     "Neg": lambda node, x: [-x[0]],
     "Tanh": lambda node, x: [np.tanh(x[0])],
-    "Where": lambda node, x: [np.where(x[0], x[1], x[2])],
+    "Where": lambda node, x: [np.asarray(np.where(x[0], x[1], x[2]))],
     "IsNaN": lambda node, x: [np.isnan(x[0])],
-    "Max": lambda node, x: [np.maximum.reduce(np.broadcast_arrays(*x))],
-    "Min": lambda node, x: [np.minimum.reduce(np.broadcast_arrays(*x))],
+    "Max": lambda node, x: [functools.reduce(np.maximum, x)],
+    "Min": lambda node, x: [functools.reduce(np.minimum, x)],
 }

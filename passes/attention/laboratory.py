@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +14,10 @@ from .chain import LINEAR, MOVES, SCORES, Chain, Graph, passable
 from .fingerprint import Fingerprints
 
 Array = NDArray[Any]
-BHSD = "BHSD"
-BSH = "BSH"
+
+Layout = Literal["BHSD", "BSH"]
+BHSD: Final = "BHSD"
+BSH: Final = "BSH"
 
 
 class Laboratory:

@@ -68,6 +68,9 @@ def plan_contiguous(
 ) -> ContiguousPlan | Refusal:
     """The plan for one sequence a run. `refused` counts the attentions of the graph that are no sites."""
     declined = tuple(refusal for site in sites if (refusal := inexpressible(site)) is not None)
+    pasts = [site.cache.past_key for site in sites if site.cache is not None]
+    if len(set(pasts)) != len(pasts):
+        return Refusal("two attentions share one cache", str(observation.model.graph.name), "lower_contiguous: expected a past for each site")
     whole = [site.with_rotary_in_graph() for site in sites if inexpressible(site) is None]
     if not whole:
         return declined[0] if declined else Refusal("the graph has no attention site", str(observation.model.graph.name))
@@ -102,7 +105,8 @@ def _whole(observation: Observation, sites: Sequence[AttentionSite], body: Decod
 
 
 def _layer(observation: Observation, index: int, site: AttentionSite) -> ContiguousLayer:
-    cache, shape = site.cache, [1, site.kv_heads, "P", site.head_size]
+    cache = site.cache
+    shape: list[int | str] = [1, site.kv_heads, "P", site.head_size]
     names = [f"{side}.{index}.{kind}" for side in ("past_key_values", "present") for kind in ("key", "value")]
     if cache is not None:
         names = [str(value.name) for value in (cache.past_key, cache.past_value, cache.present_key, cache.present_value)]

@@ -137,7 +137,7 @@ class Window(Candidate):
     name = "window"
 
     def fit(self, seen: list[tuple[Probe, Array]]) -> Mask | None:
-        for probe, cells in seen:
+        for _, cells in seen:
             row = cells[0, 0, -1]
             if not row[0]:
                 return Mask("window", window=max(1, int(row.sum())))
@@ -236,8 +236,10 @@ class MaskProver:
         for past in (0, 1, 7) if cached else (0,):
             for length in (1, 2, 5, 19):
                 yield Probe(batch, length, past)
-        ends = {end for c in self._constants(source) for end in (c - 1, c, c + 1)} | ({self._max_context} if cached else set())
-        for end in sorted(end for end in ends if 3 < end <= self._max_context + 1):
+        ends = {end for c in self._constants(source) for end in (c - 1, c, c + 1)}
+        if cached:
+            ends.add(self._max_context)
+        for end in sorted(end for end in ends if 3 < end <= self._max_context):
             length = min(3, end) if cached else end
             if length * end > _MOST_CELLS:
                 raise MaskError(f"constant {end} in its cone asks for a probe of {length} × {end} cells")
@@ -252,7 +254,7 @@ class MaskProver:
             found.update(int(size) for size in tensor.shape if isinstance(size, int))
             if tensor.size <= 16 and tensor.dtype != ir.DataType.STRING:
                 array = np.asarray(tensor.numpy(), np.float64).reshape(-1)
-                whole = array[np.isfinite(array) & (np.abs(array) <= self._max_context + 1)]
+                whole = array[np.isfinite(array) & (np.abs(array) <= self._max_context)]
                 found.update(int(abs(x)) for x in whole if x == int(x))
         return found
 

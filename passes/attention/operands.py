@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +15,9 @@ import onnx_ir as ir
 from ..observe import Probe
 from ..outcome import Refusal
 from .chain import MOVES, SCALES, Chain
-from .laboratory import BHSD, BSH, Array, Laboratory, fits_layout, laid_out
+from .laboratory import BHSD, BSH, Array, Laboratory, Layout, fits_layout, laid_out
 from .rotary import Rotation, find_rotation
 
-Layout = Literal["BHSD", "BSH"]
 Canon = Callable[[Array, Probe], Array]
 """Turns what the product reads into [B, H, T, D] (T = S for a query)."""
 
@@ -117,13 +115,14 @@ def _place(
     except ValueError:
         return None
     numbers = np.arange(count)
-    for layout in (BSH, BHSD):
+    layouts: tuple[Layout, ...] = (BSH, BHSD)
+    for layout in layouts:
         step = numbers.reshape(probe.batch, probe.length, heads, size).transpose(0, 2, 1, 3) if layout == BSH else numbers.reshape(
             probe.batch, heads, probe.length, size)
         cached = [] if past is None else [count + np.arange(np.prod(past_shape)).reshape(past_shape)]
         expected = np.repeat(np.concatenate([*cached, step], axis=2), num_heads // heads, axis=1)
         if fits_layout(shape, layout, probe, heads, size) and indices.shape == expected.shape and np.array_equal(indices, expected):
-            return _Place(leaf, layout, heads, factor, past, chain.nodes)  # type: ignore[arg-type]
+            return _Place(leaf, layout, heads, factor, past, chain.nodes)
     return None
 
 

@@ -8,7 +8,6 @@ have a one in the first of each pair, which answer with the cosine there and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ import onnx_ir as ir
 from ..observe import Observation, ObservationError, Probe
 from ..outcome import Refusal
 from .chain import LINEAR, Chain, rotate
-from .laboratory import BHSD, BSH, Array, Laboratory, heads_first, laid_out
+from .laboratory import BHSD, BSH, Array, Laboratory, Layout, heads_first, laid_out
 
 # One unit in the last place of a float32 near 1: onnxruntime's vectorized sine and its scalar tail differ by that much.
 _ULP = 1.2e-7
@@ -27,8 +26,8 @@ class Rotation:
     """`chain` turns its one leaf ([B, heads, S, head_size] in `layout_in`) into its target (`layout_out`)."""
 
     chain: Chain
-    layout_in: Literal["BHSD", "BSH"]
-    layout_out: Literal["BHSD", "BSH"]
+    layout_in: Layout
+    layout_out: Layout
     heads: int
     head_size: int
     width: int
@@ -39,19 +38,20 @@ class Rotation:
         return heads_first(array, self.layout_in, probe.batch, self.heads, self.head_size)
 
 
-def find_rotation(lab: Laboratory, rotated: ir.Value, layout: str, heads: int, size: int) -> Rotation | None:
+def find_rotation(lab: Laboratory, rotated: ir.Value, layout: Layout, heads: int, size: int) -> Rotation | None:
     """The rotation that ends in `rotated`, from the nearest value that it turns; None where there is none."""
     for computed, chain in lab.graph.walk(rotated, LINEAR):
         if len(computed) != 1 or chain.leaves != computed or not chain.nodes:
             continue
-        for layout_in in (BSH, BHSD):
+        layouts: tuple[Layout, ...] = (BSH, BHSD)
+        for layout_in in layouts:
             found = _recognise(lab, chain, layout_in, layout, heads, size)
             if found is not None:
                 return found
     return None
 
 
-def _recognise(lab: Laboratory, chain: Chain, layout_in: str, layout_out: str, heads: int, size: int) -> Rotation | None:
+def _recognise(lab: Laboratory, chain: Chain, layout_in: Layout, layout_out: Layout, heads: int, size: int) -> Rotation | None:
     probe = lab.probes[0]
     first = _respond(lab, chain, layout_in, layout_out, heads, size, probe, np.arange(size) == 0)
     if first is None:
@@ -66,7 +66,7 @@ def _recognise(lab: Laboratory, chain: Chain, layout_in: str, layout_out: str, h
         assert even is not None
         forms.insert(0, (int(np.flatnonzero(np.any(even[..., 1::2] != 0, axis=(0, 1, 2)))[-1]) * 2 + 2, True))
     for width, interleaved in forms:
-        rotation = Rotation(chain, layout_in, layout_out, heads, size, width, interleaved)  # type: ignore[arg-type]
+        rotation = Rotation(chain, layout_in, layout_out, heads, size, width, interleaved)
         if width <= size and all(_turns(lab, rotation, probe) for probe in lab.probes):
             return rotation
     return None
@@ -147,18 +147,37 @@ def _other_probes(observation: Observation, max_context: int) -> list[Probe]:
 
 
 def context_bound(observation: Observation) -> tuple[int, str] | None:
-    """The smallest number of rows among the graph's tables by position (learned positions, rotary caches), and the table's name."""
+    """The smallest number of positions in the graph's own tables (learned positions, rotary caches, masks baked in), and the table's name."""
     bounds: list[tuple[int, str]] = []
     for node in observation.model.graph:
         if node.op_type == "Gather" and len(node.inputs) == 2:
-            table, index = node.inputs
+            found = _rows(observation, node, node.inputs[0], node.inputs[1])
         elif node.op_type == "RotaryEmbedding" and len(node.inputs) > 3:
-            table, index = (node.inputs[1], node.inputs[3]) if node.domain == "" else (node.inputs[2], node.inputs[1])
+            table, index = (1, 3) if node.domain == "" else (2, 1)
+            found = _rows(observation, node, node.inputs[table], node.inputs[index])
+        elif node.op_type == "Slice":
+            found = _square(observation, node.inputs[0])
         else:
             continue
-        if table is None or index is None or observation.kind(table) != "constant" or observation.kind(index) != "structural":
-            continue
-        dims = observation.dims(table)
-        if dims is not None and len(dims) == 2 and not dims[0].letters and node.attributes.get_int("axis", 0) == 0:
-            bounds.append((dims[0].factor, str(table.name)))
+        if found is not None:
+            bounds.append(found)
     return min(bounds, default=None)
+
+
+def _rows(observation: Observation, node: ir.Node, table: ir.Value | None, index: ir.Value | None) -> tuple[int, str] | None:
+    """The rows of a constant table that is read by something structural."""
+    if table is None or index is None or observation.kind(table) != "constant" or observation.kind(index) != "structural":
+        return None
+    dims = observation.dims(table)
+    if dims is None or len(dims) != 2 or dims[0].letters or node.attributes.get_int("axis", 0) != 0:
+        return None
+    return dims[0].factor, str(table.name)
+
+
+def _square(observation: Observation, data: ir.Value | None) -> tuple[int, str] | None:
+    """The side of a constant mask [..., n, n] that is cut to the run's length."""
+    dims = None if data is None or observation.kind(data) != "constant" else observation.dims(data)
+    if dims is None or len(dims) < 2 or dims[-1] != dims[-2] or dims[-1].factor < 2 or any(dim.factor != 1 for dim in dims[:-2]):
+        return None
+    assert data is not None
+    return dims[-1].factor, str(data.name)

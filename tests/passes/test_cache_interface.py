@@ -114,7 +114,7 @@ def test_the_order_of_the_passes_is_held() -> None:
 
 
 def test_sizes_are_written_from_the_ids() -> None:
-    ids = ir.Input("ids", ir.Shape(["b", "s"]), ir.TensorType(ir.DataType.INT64))
+    ids = ir.val("ids", dtype=ir.DataType.INT64, shape=["b", "s"])
     start = ir.node("Identity", [ids], name="start")
     model = ir.Model(ir.Graph([ids], [], nodes=[start], opset_imports={"": 20}), ir_version=10)
     build = Builder(model.graph)

@@ -161,7 +161,8 @@ def _rotary(w: _Writer, x: str, role: str, length: str) -> str:
         return w.op("RotaryEmbedding", x, "position_ids", cos, sin, domain="com.microsoft", interleaved=0)
     angle = w.op("Unsqueeze", angle, w.const([1]))
     if s.rotary == "interleaved":
-        pairs = w.op("Reshape", w.op("Concat", w.op("Unsqueeze", angle, w.const([-1])), w.op("Unsqueeze", angle, w.const([-1])), axis=-1), w.const([0, 0, 0, -1]))
+        twice = w.op("Concat", *[w.op("Unsqueeze", angle, w.const([-1]))] * 2, axis=-1)
+        pairs = w.op("Reshape", twice, w.const([0, 0, 0, -1]))
         even, odd = (w.op("Slice", x, w.const([i]), w.const([2**31]), w.const([3]), w.const([2])) for i in (0, 1))
         stacked = w.op("Concat", w.op("Unsqueeze", w.op("Neg", odd), w.const([-1])), w.op("Unsqueeze", even, w.const([-1])), axis=-1)
         turned = w.op("Reshape", stacked, w.const([0, 0, 0, -1]))
@@ -251,10 +252,8 @@ def _attention(w: _Writer, q: str, k: str, v: str, batch: str, length: str, tota
         scores = w.op("Add", scores, w.op("Mul", slopes, far))
     seen = _visible(w, batch, length, total)
     hidden = float(np.finfo(np.float32).min) if s.mask == "min" else -np.inf
-    if s.mask == "boolean_where":
-        scores = w.op("Where", seen, scores, w.f32(hidden))
-    else:
-        scores = w.op("Add", scores, w.op("Where", seen, w.f32(0), w.f32(hidden)))
+    whole = s.mask == "boolean_where"
+    scores = w.op("Where", seen, scores, w.f32(hidden)) if whole else w.op("Add", scores, w.op("Where", seen, w.f32(0), w.f32(hidden)))
     p = w.op("Softmax", scores, axis=-1)
     if s.guard:
         p = w.op("Where", w.op("IsNaN", p), w.f32(0), p)

@@ -42,7 +42,7 @@ def test_the_logits_are_the_exporters(sketch: Sketch) -> None:
 
 
 def test_other_inputs_and_outputs_stay() -> None:
-    model, interface, plan = planned(Sketch(past=False))
+    _, interface, plan = planned(Sketch(past=False))
     assert isinstance(plan, FlashPlan)
     assert plan.interface == interface
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from drivers import seen
+from drivers import interface_of, seen
 from octavo.models.onnx_reader import read_onnx
-from octavo.models.roles import guess_interface
 from octavo.passes.attention.match import match_attention, refusals_of, sites_of
 from octavo.passes.attention.site import AttentionSite, Mask
 from octavo.passes.outcome import Refusal
@@ -162,9 +161,7 @@ VARIANTS = [
 @pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=[f"{n}_" + "_".join(map(str, v.values())) for n, v in VARIANTS])
 def test_exported_decoders(exported: Callable[..., Path], name: str, variant: dict[str, object]) -> None:
     model = read_onnx(exported(name, **variant) / "model.onnx")
-    triples = [[(str(v.name), v.dtype.name, None if v.shape is None else [d if isinstance(d, int) else d.value for d in v.shape]) for v in values]
-               for values in (model.graph.inputs, model.graph.outputs)]
-    _, found = seen(model, guess_interface(*triples))
+    _, found = seen(model, interface_of(model))
     assert not refusals_of(found)
     assert [site.name for site in sites_of(found)] == ["layers.0.attention", "layers.1.attention"]
     for site in sites_of(found):

@@ -1,0 +1,94 @@
+"""What an anchor is read as: the operands of its products, how they are read, and the value that its result goes on as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ..observe import Probe
+from .chain import MOVES, Chain
+from .laboratory import BHSD, BSH, Laboratory, Layout, fits_layout
+from .masks import MaskSource
+from .operands import Canon
+from .site import Cache
+
+
+@dataclass(frozen=True)
+class Core:
+    """One anchor as read: the products' operands and how they are read, and what lies between."""
+
+    where: str
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    canons: tuple[Canon, Canon, Canon]
+    num_heads: int
+    sizes: tuple[int, int]
+    scale: float
+    softcap: float
+    mask: MaskSource
+    output: ir.Value
+    output_layout: Layout
+    nodes: tuple[ir.Node, ...]
+    cache: Cache | None = None
+    in_op: bool = False
+
+
+def moved_output(lab: Laboratory, value: ir.Value, heads: int, size: int, start: Layout) -> tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None:
+    """The last value behind the product that is only a movement of it, in a layout we know: what a lowering replaces.
+
+    The product itself lies in the order of layout `start`.
+    """
+    product = value
+    best: tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None = None
+    while True:
+        chain = next((c for computed, c in lab.graph.walk(value, MOVES) if computed == (product,) and c.leaves == computed), None)
+        layouts: tuple[Layout, ...] = (BSH, BHSD) if chain is not None else ()
+        for layout in layouts:
+            assert chain is not None
+            if all(_is_laid_out(lab, chain, start, layout, heads, size, probe) for probe in lab.probes):
+                best = (value, layout, chain.nodes)
+                break
+        following = _only_user(lab, value)
+        if following is None or following.op_type not in MOVES or len(following.outputs) != 1:
+            return best
+        value = following.outputs[0]
+
+def _only_user(lab: Laboratory, value: ir.Value) -> ir.Node | None:
+    """The node that alone reads `value`; nodes that only ask for its shape, on behalf of that node, don't count."""
+    outputs = set(lab.observation.model.graph.outputs)
+    if value in outputs:
+        return None
+    users = {use.node for use in value.uses()}
+    readers = {node for node in users if not (node.op_type == "Shape" and not lab.graph.is_data(node.outputs[0]))}
+    if len(readers) != 1:
+        return None
+    reader = next(iter(readers))
+    pending, seen = [output for node in users - readers for output in node.outputs], set[ir.Value]()
+    while pending:
+        size = pending.pop()
+        if size in outputs or len(seen) > 64:
+            return None
+        for use in size.uses():
+            if use.node is not reader and lab.graph.is_data(use.node.outputs[0]):
+                return None
+            fresh = [output for output in use.node.outputs if use.node is not reader and output not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return reader
+
+def _is_laid_out(lab: Laboratory, chain: Chain, start: str, layout: str, heads: int, size: int, probe: Probe) -> bool:
+    shape, end = lab.shape(chain.leaves[0], probe), lab.shape(chain.target, probe)
+    if shape is None or int(np.prod(shape)) != probe.batch * heads * probe.length * size:
+        return False
+    if end is None or not fits_layout(end, layout, probe, heads, size):
+        return False
+    numbers = np.arange(int(np.prod(shape)))
+    out = lab.run(chain, [numbers.reshape(shape)], probe)
+    if out is None or out.size != numbers.size:
+        return False
+    first = (probe.batch, heads, probe.length, size) if start == BHSD else (probe.batch, probe.length, heads, size)
+    moved = numbers.reshape(first) if start == layout else numbers.reshape(first).transpose(0, 2, 1, 3)
+    return np.array_equal(out.reshape(-1), moved.reshape(-1))
