@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +47,14 @@ class Session:
             state = engine.executor.open()
         return self._adopt(state)
 
-    def append_batch(self, work: list[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:
+    def append_batch(self, work: Iterable[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:
         """Appends to several different sequences, in shared steps where the kind can. All of them or none (but see StepError).
 
         Returns each one's logits as `Sequence.append` does. Where a step fails, the sequences it fails for are as before, the others have
         grown, and StepError is raised.
         """
         self._check_open()
+        work = list(work)
         sequences = [sequence for sequence, _ in work]
         if len({id(sequence) for sequence in sequences}) != len(sequences):
             raise RequestError("a sequence is given twice", hint="append its tokens in one go")
