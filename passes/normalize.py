@@ -15,6 +15,8 @@ from .outcome import Outcome, PassResult
 # Constants of more bytes are weights, and weights are left as they are: never folded, copied or read.
 FOLD_LIMIT = 1024
 
+_TYPES = common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)
+
 _UNFOLDABLE = {
     # what is random, and what says that a weight is quantized
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "DequantizeLinear",
@@ -52,7 +54,7 @@ class Normalize(ir.passes.InPlacePass):
             common.NameFixPass(),
             common.IdentityEliminationPass(),
             common.RemoveUnusedNodesPass(),
-            common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False),
+            _TYPES,
         ):
             modified |= step(model).modified
         modified |= _plain_casts(model)
@@ -155,7 +157,10 @@ class FoldDequantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         start, (nodes, size) = perf_counter(), graph_size(model)
-        folded = [value for value in _dequantized(model) if value not in set(model.graph.outputs)]
+        kept = set(model.graph.outputs)
+        folded = [value for value in _dequantized(model) if value not in kept]
+        if any(value.shape is None or value.dtype is None for value in folded):  # known sizes spare computing each once for its shape
+            _TYPES(model)
         for value in folded:
             _replace_by_constant(model, value, _lazily(prepare(model, cone([value]), {}), value))
         if folded:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import OctavoError
 from ..models.interface import GraphInterface, GraphPort
-from .extract import LARGE, ConeRunner, cone, constant_info, constant_proto, constants_of, open_session, piece, prepare, reads, run
+from .extract import LARGE, ConeRunner, cone, constant_proto, constants_of, open_session, piece, prepare, reads, run
 
 Kind = Literal["constant", "structural", "data"]
 LETTERS = ("B", "S", "P", "T")
@@ -114,7 +114,7 @@ class _Kinds:
         self._unread: set[ir.Value] = set()  # computed from a constant that the probes replace by zeros
         for value in graph.initializers.values():
             self.kind[value] = "constant"
-            if _is_stand_in(value):
+            if _is_large(value):
                 self._unread.add(value)
         for value in graph.inputs:
             if value not in self.kind:
@@ -138,7 +138,7 @@ class _Kinds:
             self.kind[output] = kind
             if loose:
                 self.loose.add(output)
-            if unread:
+            if unread or (kind == "constant" and _is_large(output)):
                 self._unread.add(output)
 
 
@@ -152,9 +152,19 @@ def _shape_operands(node: ir.Node) -> Iterable[ir.Value]:
     return [value for place in places if place < len(node.inputs) and (value := node.inputs[place]) is not None]
 
 
-def _is_stand_in(value: ir.Value) -> bool:
-    tensor = value.const_value
-    return tensor is not None and tensor.nbytes >= LARGE and tensor.dtype != ir.DataType.STRING
+def _extent(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...]] | None:
+    """Type and shape of a constant, as far as they are known without computing it."""
+    known = value.const_value if value.const_value is not None else value
+    dtype, shape = known.dtype, known.shape
+    if dtype is None or dtype == ir.DataType.STRING or shape is None or not all(isinstance(size, int) for size in shape):
+        return None
+    return dtype, tuple(int(size) for size in shape)
+
+
+def _is_large(value: ir.Value) -> bool:
+    """Whether zeros stand for a constant while shapes are learned: it is a weight, or takes as long to compute as one."""
+    extent = _extent(value)
+    return extent is not None and prod(extent[1]) * extent[0].itemsize >= LARGE
 
 
 # ---- learning shapes
@@ -170,30 +180,29 @@ class _Shapes:
 
 
 def _learn_shapes(model: ir.Model, interface: GraphInterface, kinds: _Kinds) -> _Shapes:
-    tensors = (value for node in model.graph if node.op_type not in _SEQUENCES for value in node.outputs)
+    wanted = [value for node in model.graph for value in node.outputs if kinds.kind[value] != "constant" and value.name]
+    whole = cone(wanted, lambda value: kinds.kind[value] == "constant" and _is_large(value))
+    tensors = (value for node in whole.nodes if node.op_type not in _SEQUENCES for value in node.outputs)
     asked = [value for value in tensors if value.name and isinstance(value.type, ir.TensorType | None)]
-    initializers = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    stand_ins = [value for value in initializers if _is_stand_in(value)]
-    overridden = {value.name for value in initializers}
-    inputs = [value for value in model.graph.inputs if value.name not in overridden]
+    inputs = [value for value in model.graph.inputs if value not in kinds.kind or kinds.kind[value] != "constant"]
+    constants = [value for value in whole.leaves if kinds.kind[value] == "constant"]
+    zeros = {str(value.name): extent for value in constants if _is_large(value) and (extent := _extent(value)) is not None}
     infos = [ir.serde.serialize_value(value) for value in inputs]
-    held = constants_of(stand_ins)
-    infos += [constant_info(name, tensor) for name, tensor in held.items()]
+    infos += [onnx.helper.make_tensor_value_info(name, int(dtype), shape) for name, (dtype, shape) in zeros.items()]
     closing = [onnx.helper.make_node("Shape", [str(value.name)], [f"octavo:shape.{i}"]) for i, value in enumerate(asked)]
-    proto = piece(model, model.graph, infos, closing)
-    proto.graph.initializer.extend(constant_proto(*item) for item in constants_of(initializers).items() if item[0] not in held)
+    proto = piece(model, whole.nodes, infos, closing)
+    proto.graph.initializer.extend(constant_proto(*item) for item in constants_of(constants).items() if item[0] not in zeros)
     try:
         session = open_session(proto)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise ObservationError(f"onnxruntime can't open the graph: {_first_line(error)}") from error
-    feeds = _zeros(held)
-    probes, found, unbatched = _run_probes(session, interface, inputs, feeds)
+    probes, found, unbatched = _run_probes(session, interface, inputs, _zeros(zeros))
     cached = any(port.role == "past_key" for port in interface.inputs)
     letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()))
     shapes: dict[ir.Value, tuple[Dim, ...] | None] = {}
-    for value in initializers:
-        assert value.const_value is not None
-        shapes[value] = tuple(Dim(int(size)) for size in value.const_value.shape)
+    for value, kind in kinds.kind.items():
+        extent = _extent(value) if kind == "constant" else None
+        shapes[value] = None if extent is None else tuple(Dim(size) for size in extent[1])
     for value in inputs:
         observed = [list(_input_shape(_port(interface, value), probe)) for probe in probes]
         shapes[value] = _fit(observed, probes, letters)
@@ -232,16 +241,14 @@ def _run_probe(
         ) from error
 
 
-def _zeros(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ort.OrtValue]:
-    """Zeros in the shape of each value: views of one buffer that is never written, so the system backs all of it by a single page."""
-    count = max((int(np.prod(tensor.shape)) * max(1, int(tensor.dtype.itemsize)) for tensor in tensors.values()), default=0)
-    buffer = np.zeros(count, np.uint8)
+def _zeros(extents: Mapping[str, tuple[ir.DataType, tuple[int, ...]]]) -> dict[str, ort.OrtValue]:
+    """Zeros in each type and shape: views of one buffer that is never written, so the system backs all of it by a single page."""
+    widths = {name: max(1, int(dtype.itemsize)) for name, (dtype, _) in extents.items()}
+    buffer = np.zeros(max((prod(shape) * widths[name] for name, (_, shape) in extents.items()), default=0), np.uint8)
     feeds = {}
-    for name, tensor in tensors.items():
-        shape = tuple(int(size) for size in tensor.shape)
-        width = max(1, int(tensor.dtype.itemsize))
-        view = buffer[: int(np.prod(shape)) * width].view(f"u{width}").reshape(shape)
-        feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(view, int(tensor.dtype))
+    for name, (dtype, shape) in extents.items():
+        view = buffer[: prod(shape) * widths[name]].view(f"u{widths[name]}").reshape(shape)
+        feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(view, int(dtype))
     return feeds
 
 

@@ -194,3 +194,29 @@ def test_formulas_hold_on_exported_graphs(exported: Callable[..., Path], variant
     for output, array in zip(session.get_outputs(), session.run(None, feeds)):
         dims = observation.dims(next(v for v in asked if v.name == output.name))
         assert dims is not None and tuple(dim.at(probe) for dim in dims) == array.shape, output.name
+
+
+def test_what_follows_from_weights_alone_is_not_computed() -> None:
+    """A transposed or dequantized weight is as large as the weight: where its size is known, zeros stand for it too."""
+    model = ir.from_onnx_text("""
+<ir_version: 10, opset_import: ["" : 21]>
+g (int64[b,s] input_ids) => (float[b,s,n] logits) <uint8[1,1] codes = {0}, float scale = {0.5}>
+{
+    table = DequantizeLinear(codes, scale)
+    turned = Transpose<perm = [1, 0]>(table)
+    h = Gather(table, input_ids)
+    logits = MatMul(h, turned)
+}
+""")
+
+    def unreadable() -> ir.Tensor:
+        raise AssertionError("a weight was read")
+
+    codes = model.graph.initializers["codes"]
+    codes.const_value = ir.LazyTensor(unreadable, dtype=ir.DataType.UINT8, shape=ir.Shape([40_000, 8]), name="codes")
+    codes.shape = ir.Shape([40_000, 8])
+    Normalize()(model)
+    observation = observe(model, graph_interface(model))
+    names = {str(output.name): observation.dims(output) for node in model.graph for output in node.outputs}
+    assert names["table"] == (Dim(40_000), Dim(8)) and names["turned"] == (Dim(8), Dim(40_000))
+    assert names["logits"] == (Dim(1, ("B",)), Dim(1, ("S",)), Dim(40_000))
