@@ -216,8 +216,9 @@ def demo(
     from . import compile, import_model
 
     source = gguf or _packaged_gguf()
+    graph = out / "plain" / "model.onnx"
     with _working(f"1/4 importing {source.name}"):
-        graph = import_model(source, out / "plain")
+        import_model(source, graph.parent)
     with _working("2/4 compiling"):
         report = compile(graph, out / "artifact")
     _say("3/4 checking")
@@ -235,11 +236,12 @@ def demo(
 
 
 _NEXT = """Where to go next
-  octavo chat {artifact}                      talk with it
-  octavo inspect {artifact}                   this report again
-  octavo compile YOUR.onnx -o out/            your own export
-  docs/quickstart.md                          the same in Python
-  docs/howto/plain-onnxruntime.md             the artifact without Octavo's runtime"""
+  talk with it:                 octavo chat {artifact}
+  this report again:            octavo inspect {artifact}
+  your own export:              octavo compile YOUR.onnx -o out/
+  the same in Python:           docs/quickstart.md
+  without Octavo's runtime:     docs/howto/plain-onnxruntime.md
+(`octavo` is .venv/bin/octavo after `make demo`.)"""
 
 
 @app.command(epilog="Example: octavo doctor")
