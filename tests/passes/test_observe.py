@@ -12,9 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from octavo.models.onnx_reader import graph_interface, read_onnx
-from octavo.passes import observe as observing
 from octavo.passes.normalize import Normalize
 from octavo.passes.observe import Dim, Observation, ObservationError, Probe, observe
+from octavo.passes.probe import feed_of, port_of
+from octavo.passes.value_shapes import PROBES
 
 CACHED = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -120,7 +121,7 @@ def test_the_model_is_not_changed() -> None:
 def test_no_two_products_fit_all_probes() -> None:
     """The probes tell any two formulas apart, with a past and without."""
     products = [letters for count in range(4) for letters in combinations_with_replacement("BSPT", count)]
-    for probes, usable in ((observing._PROBES, "BSPT"), (tuple(Probe(p.batch, p.length, 0) for p in observing._PROBES), "BS")):
+    for probes, usable in ((PROBES, "BSPT"), (tuple(Probe(p.batch, p.length, 0) for p in PROBES), "BS")):
         chosen = [letters for letters in products if set(letters) <= set(usable)]
         for a, b in combinations(chosen, 2):
             assert len({Fraction(Dim(1, a).at(p), Dim(1, b).at(p)) for p in probes}) > 1, (a, b)
@@ -187,7 +188,7 @@ def test_formulas_hold_on_exported_graphs(exported: Callable[..., Path], variant
     Normalize()(model)
     observation = observe(model, graph_interface(model))
     probe = Probe(3 if observation.batched else 1, 7, 4 if observation.cached else 0)
-    feeds = {str(v.name): observing._feed(observing._port(observation.interface, v), v, probe) for v in model.graph.inputs}
+    feeds = {str(v.name): feed_of(port_of(observation.interface, v), v, probe) for v in model.graph.inputs}
     asked = [output for node in model.graph for output in node.outputs if output.name]
     model.graph.outputs.extend(output for output in asked if output not in model.graph.outputs)
     session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"])

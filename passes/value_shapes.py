@@ -1,0 +1,126 @@
+"""How long each value is, learned by running the whole graph at tiny probes, with zeros for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..models.interface import GraphInterface
+from .extract import cone, constant_proto, constants_of, open_session, piece, run
+from .probe import Dim, ObservationError, Probe, feed_of, first_line, input_shape, port_of
+from .value_kinds import Kinds, extent, is_stood_for
+
+# Sizes that no two products of up to three letters fit alike (tests/passes/test_observe.py counts).
+PROBES = (Probe(2, 3, 5), Probe(3, 5, 2), Probe(5, 2, 11))
+
+_SEQUENCES = {"SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase", "SequenceMap", "Optional"}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the probes taught. `letters` are what formulas may use; `unbatched` says why B is none of them (empty: it is one)."""
+
+    dims: dict[ir.Value, tuple[Dim, ...] | None]
+    probes: tuple[Probe, ...]
+    letters: tuple[str, ...]
+    unbatched: str
+
+
+def learn_shapes(model: ir.Model, interface: GraphInterface, kinds: Kinds) -> Shapes:
+    """Runs the part of the graph that is more than constants at every probe. Raises ObservationError where it does not run."""
+    wanted = [value for node in model.graph for value in node.outputs if kinds.kind[value] != "constant" and value.name]
+    whole = cone(wanted, lambda value: kinds.kind[value] == "constant" and is_stood_for(value))
+    tensors = (value for node in whole.nodes if node.op_type not in _SEQUENCES for value in node.outputs)
+    asked = [value for value in tensors if value.name and isinstance(value.type, ir.TensorType | None)]
+    inputs = [value for value in model.graph.inputs if value not in kinds.kind or kinds.kind[value] != "constant"]
+    constants = [value for value in whole.leaves if kinds.kind[value] == "constant"]
+    zeros = {str(value.name): known for value in constants if is_stood_for(value) and (known := extent(value)) is not None}
+    infos = [ir.serde.serialize_value(value) for value in inputs]
+    infos += [onnx.helper.make_tensor_value_info(name, int(dtype), shape) for name, (dtype, shape) in zeros.items()]
+    closing = [onnx.helper.make_node("Shape", [str(value.name)], [f"octavo:shape.{i}"]) for i, value in enumerate(asked)]
+    proto = piece(model, whole.nodes, infos, closing)
+    proto.graph.initializer.extend(constant_proto(*item) for item in constants_of(constants).items() if item[0] not in zeros)
+    try:
+        session = open_session(proto)
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise ObservationError(f"onnxruntime can't open the graph: {first_line(error)}") from error
+    probes, found, unbatched = _run_probes(session, interface, inputs, _zeros(zeros))
+    cached = any(port.role == "past_key" for port in interface.inputs)
+    letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()))
+    shapes: dict[ir.Value, tuple[Dim, ...] | None] = {}
+    for value, kind in kinds.kind.items():
+        known = extent(value) if kind == "constant" else None
+        shapes[value] = None if known is None else tuple(Dim(size) for size in known[1])
+    for value in inputs:
+        observed = [list(input_shape(port_of(interface, value), probe)) for probe in probes]
+        shapes[value] = fit_dims(observed, probes, letters)
+    for index, value in enumerate(asked):
+        shapes[value] = None if value in kinds.loose else fit_dims([shape[index].tolist() for shape in found], probes, letters)
+    return Shapes(shapes, probes, letters, unbatched)
+
+
+def _run_probes(
+    session: ort.InferenceSession, interface: GraphInterface, inputs: Sequence[ir.Value], constants: Mapping[str, ort.OrtValue],
+) -> tuple[tuple[Probe, ...], list[list[NDArray[Any]]], str]:
+    """Shapes at every probe: with several sequences if the graph can, else with one, and then why (a batch of 1 is often baked in)."""
+    cached = any(port.role == "past_key" for port in interface.inputs)
+    several = tuple(probe if cached else Probe(probe.batch, probe.length, 0) for probe in PROBES)
+    try:
+        return several, [_run_probe(session, interface, inputs, constants, probe) for probe in several], ""
+    except ObservationError as error:
+        single = tuple(Probe(1, probe.length, probe.past) for probe in several)
+        return single, [_run_probe(session, interface, inputs, constants, probe) for probe in single], error.message
+
+
+def _run_probe(
+    session: ort.InferenceSession,
+    interface: GraphInterface,
+    inputs: Sequence[ir.Value],
+    constants: Mapping[str, ort.OrtValue],
+    probe: Probe,
+) -> list[NDArray[Any]]:
+    feeds = {str(value.name): feed_of(port_of(interface, value), value, probe) for value in inputs}
+    try:
+        return run(session, {**constants, **feeds})
+    except Exception as error:
+        raise ObservationError(
+            f"onnxruntime can't run the graph at {probe}: {first_line(error)}",
+            probe=probe, hint="export it with dynamic sizes for batch, sequence and past",
+        ) from error
+
+
+def _zeros(extents: Mapping[str, tuple[ir.DataType, tuple[int, ...]]]) -> dict[str, ort.OrtValue]:
+    """Zeros in each type and shape: views of one buffer that is never written, so the system backs all of it by a single page."""
+    widths = {name: max(1, int(dtype.itemsize)) for name, (dtype, _) in extents.items()}
+    buffer = np.zeros(max((prod(shape) * widths[name] for name, (_, shape) in extents.items()), default=0), np.uint8)
+    feeds = {}
+    for name, (dtype, shape) in extents.items():
+        view = buffer[: prod(shape) * widths[name]].view(f"u{widths[name]}").reshape(shape)
+        feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(view, int(dtype))
+    return feeds
+
+
+def fit_dims(observed: Sequence[Sequence[int]], probes: Sequence[Probe], letters: Sequence[str]) -> tuple[Dim, ...] | None:
+    if len({len(shape) for shape in observed}) != 1:
+        return None
+    dims = [_fit_dim(sizes, probes, letters) for sizes in zip(*observed)]
+    return tuple(dim for dim in dims if dim is not None) if None not in dims else None
+
+
+def _fit_dim(sizes: Sequence[int], probes: Sequence[Probe], letters: Sequence[str]) -> Dim | None:
+    for count in range(4):
+        for product in combinations_with_replacement(letters, count):
+            unit = Dim(1, product)
+            factor, rest = divmod(sizes[0], unit.at(probes[0]))
+            if rest == 0 and all(factor * unit.at(probe) == size for size, probe in zip(sizes, probes)):
+                return Dim(factor, product)
+    return None
