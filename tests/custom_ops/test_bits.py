@@ -131,6 +131,36 @@ def test_memory_that_no_row_sees_does_not_show(name: str, poison: float) -> None
     assert untouched.any() and (got.key_cache[untouched] == np.array(poison, got.key_cache.dtype)).all()
 
 
+@pytest.mark.parametrize("name", ["prefill_33", "prefill_257", "tree", "everything"])
+def test_a_later_token_does_not_show_in_an_earlier_row(name: str) -> None:
+    """Not even an infinite one: a hidden key is left out of the sums, not multiplied by 0. Its row is the last of the first sequence."""
+    case = next(c for c in PAGED_CASES if c.name == name)
+    inputs = case.build()
+    last = case.sequences[0][1] - 1
+    other = inputs | {rows: inputs[rows].copy() for rows in ("query", "key", "value")}
+    for rows in ("query", "key", "value"):
+        other[rows][last] = np.inf
+    expected, got = run_paged(inputs, case).output, run_paged(other, case).output
+    assert np.isnan(got[last]).any()
+    assert same_bits(np.delete(got, last, 0), np.delete(expected, last, 0))
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 7.0])
+def test_a_masked_value_does_not_show(hidden: float) -> None:
+    """A bool mask and a bias of −inf hide whatever the key and value are."""
+    case = FlashCase("masked", B=1, S=9, T=300, mask=(1, 1, 1))
+    inputs = case.build()
+    inputs["attention_bias"] = np.arange(300)[None, None, None, :] % 7 != 3
+    expected = run_flash(inputs, case)
+    for name in ("key", "value"):
+        inputs[name] = inputs[name].copy()
+        inputs[name][:, 3::7] = hidden
+    assert same_bits(run_flash(inputs, case), expected)
+    inputs["attention_bias"] = np.where(inputs["attention_bias"], np.float32(0), np.float32(-np.inf))
+    if hidden == 7.0:  # a score that is NaN stays NaN when −inf is added
+        assert same_bits(run_flash(inputs, case), expected)
+
+
 def test_untouched_slots_keep_every_bit() -> None:
     """NaN payloads included: a slot that the step does not name is not even rewritten with its own value."""
     case = next(c for c in PAGED_CASES if c.name == "ragged")

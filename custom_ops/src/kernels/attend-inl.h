@@ -4,24 +4,14 @@
 // slots hold, or on how a chunk is cut into blocks. Therefore: each score is one fma chain over d, ascending; the row's own maximum; l over
 // sixteen lanes (position mod 16) and one tree; each output one fma chain over its visible positions, ascending.
 #pragma once
-#include <type_traits>
-
 #include "kernels/kernels.h"
 #include "kernels/math-inl.h"
+#include "kernels/with_size-inl.h"
 
 namespace octavo::OCTAVO_TARGET {
 
 // In place of the probability of a key that the row does not see. The probability of a visible key is never negative.
 inline constexpr float kHidden = -0.0f;
-
-// Calls body(integral_constant<n>) for 1 ≤ n ≤ Max: register tiles have sizes known at compile time.
-template <int Max, class Body>
-OCTAVO_INLINE void with_size(int n, const Body& body) {
-  if constexpr (Max > 1) {
-    if (n < Max) return with_size<Max - 1>(n, body);
-  }
-  body(std::integral_constant<int, Max>{});
-}
 
 // Positions relative to the chunk.
 struct Range {
@@ -120,7 +110,6 @@ OCTAVO_INLINE RowSoftmax softmax_row(const Tile& tile, std::int32_t first, int r
     store(scores + at, score);
   }
   const float m = maximum(highest);
-  const bool nothing = m == -kInfinity;
   Vec total = broadcast(0.0f);
   for (int vec = first_vec; vec < last_vec; ++vec) {
     float* at = scores + vec * kLanes;
@@ -129,7 +118,9 @@ OCTAVO_INLINE RowSoftmax softmax_row(const Tile& tile, std::int32_t first, int r
     total = add(total, p);
     store(at, p);
   }
-  return {m, nothing ? 0.0f : sum(total), all_seen && !nothing};
+  // The highest key adds 1 to l, so only a row that sees nothing ends at 0. NaN scores may have slipped through max: they are in l for sure.
+  const float l = sum(total);
+  return {l != l ? l : m, l, all_seen && l != 0.0f};
 }
 
 // o[r][e…] = Σ p[r][j]·value[j][e…] for R rows and V vectors of e; the last vector holds `width` lanes. All R rows see every key of `common`.

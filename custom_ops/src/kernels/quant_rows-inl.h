@@ -1,0 +1,139 @@
+// Before the product: x + skip, RMSNorm, and the rounding of a row to int8 by groups.
+//
+// A row stands alone. The sum of squares runs in sixteen lanes, k ascending, joined by the one tree. A group's scale is its largest
+// magnitude/127, its q = round to nearest even of x·(127/largest magnitude). A group whose largest magnitude is below 2^-120 is zero; one
+// with an infinity or a NaN has q = 0 and the scale NaN, so that every output of the row is NaN.
+#pragma once
+#include "kernels/quant.h"
+
+namespace octavo::OCTAVO_QUANT_TARGET {
+
+inline constexpr int kPanelGroups = kLanes;  // groups whose scales are computed together
+
+// The arrays of one block with R rows.
+struct Block {
+  std::int8_t* q;
+  std::int32_t* start;
+  float* scale;
+  float* sum;
+  float* x;
+  int R;
+};
+
+OCTAVO_INLINE Block block_at(const PackedWeight& w, const Prepared& prepared, std::int64_t row0, int rows) {
+  std::uint8_t* base = prepared.blocks + row0 / kRowBlock * prepared.block_bytes;
+  Block block{};
+  block.R = rows;
+  if (!prepared.int8) {
+    block.x = reinterpret_cast<float*>(base);
+    return block;
+  }
+  const std::int64_t quantities = static_cast<std::int64_t>(w.K / w.group) * rows;
+  block.q = reinterpret_cast<std::int8_t*>(base);
+  block.start = reinterpret_cast<std::int32_t*>(base + static_cast<std::int64_t>(w.K) * rows);
+  block.scale = reinterpret_cast<float*>(block.start + quantities);
+  block.sum = block.scale + quantities;
+  return block;
+}
+
+// The normed row, sixteen at a time.
+struct Row {
+  const float* x;
+  const float* skip;
+  const float* norm_weight;
+  float inverse;  // 1/√(mean of squares + epsilon)
+
+  OCTAVO_INLINE Vec summed(int k) const { return skip != nullptr ? add(load(x + k), load(skip + k)) : load(x + k); }
+  OCTAVO_INLINE Vec at(int k) const {
+    const Vec v = summed(k);
+    return norm_weight != nullptr ? mul(mul(v, broadcast(inverse)), load(norm_weight + k)) : v;
+  }
+};
+
+OCTAVO_INLINE float inverse_rms(const Row& row, int K, float epsilon) {
+  Vec squares = broadcast(0.0f);
+  for (int k = 0; k < K; k += kLanes) {
+    const Vec v = row.summed(k);
+    squares = fma(v, v, squares);
+  }
+  const float mean = sum(squares) / static_cast<float>(K);
+  return 1.0f / __builtin_sqrtf(mean + epsilon);
+}
+
+// What the integer sum of a group starts from, so that Σ w·q comes out for the weights as they are meant:
+//     symmetric     −(middle − offset)·Σq
+//     zero points   −Σq as a 16-bit number, to be multiplied by (zero point − offset) of each output
+//     minimum       offset·Σq; the minimum itself enters as `sum` = Σq·scale
+// where the products hold weight − offset (kByteOffset at 8 bits, 0 at 4).
+OCTAVO_INLINE std::int32_t start_of(const PackedWeight& w, std::int32_t total) {
+  const std::int32_t offset = w.bits == 8 ? kByteOffset : 0;
+  if (w.zero_point == kSymmetric) return -((1 << (w.bits - 1)) - offset) * total;
+  if (w.zero_point == kMinimum) return offset * total;
+  return -total & 0xffff;
+}
+
+// Groups [g0, g0 + count), count ≤ kPanelGroups, of row r of a block.
+inline void quantize_panel(const PackedWeight& w, const Row& row, int g0, int count, int r, const Block& out) {
+  constexpr int kWidest = 128;
+  alignas(64) float values[kPanelGroups * kWidest], scales[kPanelGroups], factors[kPanelGroups];
+  alignas(64) std::int32_t largest[kPanelGroups] = {};
+  for (int g = 0; g < count; ++g) {
+    Ints magnitude = broadcast_int(0);
+    for (int k = 0; k < w.group; k += kLanes) {
+      const Vec v = row.at((g0 + g) * w.group + k);
+      store(values + g * w.group + k, v);
+      magnitude = max_magnitude(magnitude, v);
+    }
+    largest[g] = max_lane(magnitude);
+  }
+  const Vec most = load(reinterpret_cast<const float*>(largest));
+  const Mask tiny = less(most, broadcast(0x1p-120f)), number = less(most, broadcast(kInfinity));
+  const Vec zero = broadcast(0.0f);
+  store(scales, select(number, select(tiny, zero, div(most, broadcast(127.0f))), broadcast(__builtin_nanf(""))));
+  store(factors, select(number, select(tiny, zero, div(broadcast(127.0f), most)), zero));
+  const Vec shift = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
+  for (int g = 0; g < count; ++g) {
+    const Vec factor = broadcast(factors[g]);
+    const bool nothing = factors[g] == 0.0f;
+    Vec total = zero;
+    for (int k = 0; k < w.group; k += kLanes) {
+      const Vec whole = nothing ? zero : sub(add(mul(load(values + g * w.group + k), factor), shift), shift);
+      total = add(total, whole);
+      alignas(16) std::int8_t bytes[kLanes];
+      store_int8(bytes, whole);
+      std::int8_t* to = out.q + ((static_cast<std::int64_t>(g0 + g) * w.group + k) * out.R + 4 * r);
+      for (int quad = 0; quad < kLanes / 4; ++quad) __builtin_memcpy(to + quad * 4 * out.R, bytes + 4 * quad, 4);
+    }
+    const float q_sum = sum(total);  // whole numbers below 2^24: exact in any order
+    const int at = (g0 + g) * out.R + r;
+    out.start[at] = start_of(w, static_cast<std::int32_t>(q_sum));
+    out.scale[at] = scales[g];
+    out.sum[at] = q_sum * scales[g];
+  }
+}
+
+inline void prepare_row(const PackedWeight& w, const Prologue& p, std::int64_t n, int r, const Block& out) {
+  const std::int64_t at = n * w.K;
+  Row row{p.x + at, p.skip != nullptr ? p.skip + at : nullptr, p.norm_weight, 0.0f};
+  if (p.sum != nullptr) {
+    for (int k = 0; k < w.K; k += kLanes) store(p.sum + at + k, row.summed(k));
+  }
+  if (p.norm_weight != nullptr) row.inverse = inverse_rms(row, w.K, p.epsilon);
+  if (out.x != nullptr) {
+    alignas(64) float lanes[kLanes];
+    for (int k = 0; k < w.K; k += kLanes) {
+      store(lanes, row.at(k));
+      for (int i = 0; i < kLanes; ++i) out.x[static_cast<std::int64_t>(k + i) * out.R + r] = lanes[i];
+    }
+    return;
+  }
+  const int groups = w.K / w.group;
+  for (int g = 0; g < groups; g += kPanelGroups) quantize_panel(w, row, g, groups - g < kPanelGroups ? groups - g : kPanelGroups, r, out);
+}
+
+inline void prepare(const PackedWeight& w, const Prologue& p, std::int64_t row0, int rows, const Prepared& prepared) {
+  const Block block = block_at(w, prepared, row0, rows);
+  for (int r = 0; r < rows; ++r) prepare_row(w, p, row0 + r, r, block);
+}
+
+}  // namespace octavo::OCTAVO_QUANT_TARGET
