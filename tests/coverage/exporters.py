@@ -30,7 +30,7 @@ class Subject:
     work: Path
     tokenizer: Path
     decoder: Any = None
-    captured: Any = None
+    attention: str = ""
 
     @property
     def checkpoint(self) -> Path:
@@ -57,9 +57,12 @@ def _torch(subject: Subject, out: Path, **variant: Any) -> None:
 
     if subject.decoder is None:
         subject.decoder = TorchDecoder(subject.model, partial(_side_files, subject))
+        # What transformers chose for the family: some have plain products only.
+        subject.attention = subject.model.config._attn_implementation
     if variant.get("with_past", True) and not _has_cache(subject):
         raise NotImplementedError("the model has no cache of keys and values")
-    subject.decoder.export(out, ExportVariant(**{"position_ids": _takes(subject, "position_ids"), **variant}))
+    usual = {"position_ids": _takes(subject, "position_ids"), "attention": subject.attention}
+    subject.decoder.export(out, ExportVariant(**{**usual, **variant}))
 
 
 def _takes(subject: Subject, name: str) -> bool:
@@ -113,10 +116,7 @@ def _optimum(subject: Subject, out: Path, *, task: str) -> None:
 
     raw = out / "raw"
     main_export(str(subject.checkpoint), output=raw, task=task, do_validation=False, local_files_only=True)
-    graphs = sorted(raw.glob("*.onnx"))
-    if [graph.name for graph in graphs] != ["model.onnx"]:
-        raise NotImplementedError(f"writes {', '.join(graph.name for graph in graphs)}")
-    _resave(graphs[0], out / "model.onnx")
+    _resave(raw / "model.onnx", out / "model.onnx")
     shutil.rmtree(raw)
     _side_files(subject, out)
 
@@ -147,15 +147,36 @@ _MODEL_TYPES = {"gpt_neox": "gpt_neox"}
 def _optimizer(subject: Subject, out: Path, *, source: str) -> None:
     from onnxruntime.transformers.optimizer import optimize_model
 
-    graph = subject.work / source / "model.onnx"
-    if not graph.is_file():
-        raise FileNotFoundError(f"there is no {source} export to optimize")
+    graph = _other(subject, source)
     config = subject.model.config
     heads, hidden = config.num_attention_heads, config.hidden_size
     kind = _MODEL_TYPES.get(config.model_type, "gpt2")
     optimized = optimize_model(str(graph), model_type=kind, num_heads=heads, hidden_size=hidden, opt_level=0, use_gpu=False)
     optimized.save_model_to_file(str(out / "model.onnx"), use_external_data_format=True)
     _side_files(subject, out)
+
+
+def _half(subject: Subject, out: Path, *, source: str) -> None:
+    """What most people do for an fp16 model: convert the fp32 one, keeping nothing."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(_other(subject, source))), out / "model.onnx")
+    _side_files(subject, out)
+
+
+def _dynamic_int8(subject: Subject, out: Path, *, source: str) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(_other(subject, source), out / "model.onnx")
+    _side_files(subject, out)
+
+
+def _other(subject: Subject, source: str) -> Path:
+    graph = subject.work / source / "model.onnx"
+    if not graph.is_file():
+        raise FileNotFoundError(f"there is no {source} export to start from")
+    return graph
 
 
 def _exporters() -> Iterable[Exporter]:
@@ -179,6 +200,8 @@ def _exporters() -> Iterable[Exporter]:
         yield Exporter(f"{name}-decode-many", "transformers5", partial(_transformers5, part="decode", fused=fused, several=True))
     yield Exporter("transformers5-static", "transformers5", partial(_transformers5, part="decode", fused=False, static=True))
     yield Exporter("optimizer-torchscript17", "transformers5", partial(_optimizer, source="torchscript17"))
+    yield Exporter("fp16-torchscript17", "transformers5", partial(_half, source="torchscript17"), exact=False)
+    yield Exporter("int8-torchscript17", "transformers5", partial(_dynamic_int8, source="torchscript17"), exact=False)
     yield Exporter("optimum", "transformers4", partial(_optimum, task="text-generation-with-past"))
     yield Exporter("optimum-nocache", "transformers4", partial(_optimum, task="text-generation"))
     yield Exporter("optimizer-optimum", "transformers4", partial(_optimizer, source="optimum"))

@@ -188,7 +188,7 @@ def _families() -> Iterable[Family]:
     yield family("cwm", "cwm", _MIXED, "window of 8 on some layers, llama3 rotary")
     yield family("internlm3", "internlm3", _HEAD, "biases that can be left out")
     yield family("modernbert-decoder", "modernbert-decoder", {**_MHA, "num_hidden_layers": 4}, "two rotary bases, fused qkv, window of 8",
-                 local_attention=8, global_attn_every_n_layers=2, global_rope_theta=160000.0, local_rope_theta=10000.0, cls_token_id=1,
+                 local_attention=16, global_attn_every_n_layers=2, global_rope_theta=160000.0, local_rope_theta=10000.0, cls_token_id=1,
                  sep_token_id=2)
     yield family("llama-8192", "mistral", {**_HEAD, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}, "window of 8192",
                  sliding_window=8192, max_position_embeddings=8320, lengths=_LONGER)

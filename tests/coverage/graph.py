@@ -1,7 +1,7 @@
 """Runs an exported decoder as it stands in onnxruntime, without any optimization: what the graph itself says.
 
-Tells an exporter's fault from the compiler's, and is the oracle where the source has lost accuracy on purpose (fp16, int4): the copy that
-`at_full_accuracy` makes computes in float32 with the same weights.
+Tells an exporter's fault from the compiler's, and is the oracle where the source is not torch's model any more: by mistake, or on purpose
+(fp16, int4), where the copy that `at_full_accuracy` makes computes in float32 with the same weights.
 """
 
 from __future__ import annotations

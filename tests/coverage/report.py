@@ -19,13 +19,14 @@ PAGED, CANNOT, REFUSED, WRONG, ERROR = "paged", "–", "refused", "WRONG", "ERRO
 _INTRO = """# Coverage: families × exporters
 
 Made by `make coverage` (`tests/coverage/run.py`); every cell is a tiny decoder with seeded random weights, exported, compiled with
-`kv_cache="fp32"` and compared with torch's logits in prefill, in cached decode one token at a time, and in a ragged batch in which every step
-mixes prompts with single tokens. Right means within 1e-4 of the largest logit. Exports that lose accuracy on purpose (fp16, int4) are compared
-with their own graph, run by onnxruntime without fusions and at full accuracy.
+`kv_cache="fp32"` and compared with torch's logits in prefill, in cached decode one token at a time, and in a ragged batch in which every
+step mixes prompts with single tokens. Right means within 1e-4 of the largest logit. Exports that lose accuracy on purpose (fp16, int4) are
+compared with their own graph, run by onnxruntime without fusions and at full accuracy; so are those whose graph isn't what torch computes,
+by a mistake of the exporter that a note tells.
 
 * `paged`: rewritten to paged attention, and right in every case.
 * `refused`: octavo kept the graph's attention and says why (the note); what it runs is right, or it says that it can't run it.
-* `–`: the exporter can't, or its graph doesn't give torch's logits to begin with.
+* `–`: the exporter can't: it raised, or wrote a graph that onnxruntime doesn't run.
 * `WRONG`: rewritten, and not within 1e-4. `ERROR`: octavo failed, timed out or crashed. Neither may appear here.
 """
 
@@ -40,8 +41,11 @@ def verdict(cell: Cell) -> tuple[str, str]:
         cases = ", ".join(f"{name} {value:.1e}" for name, value in check["distances"].items())
         return WRONG, f"{check['kind']}: {cases}"
     if check["status"] in ("right", "undriven"):
+        # The compile goes on without a feature that failed; here that is a fault all the same.
+        if "exception caught" in check["reason"]:
+            return ERROR, check["reason"]
         if check["kind"] == "paged":
-            return PAGED, ""
+            return PAGED, exported.get("off", "")
         # A graph that can't be paged and then can't be fed either is no worse than refused: nothing ran wrong.
         return REFUSED, f"{check['kind']}: {check['reason']}" + (" (and not fed as it stands)" if check["status"] == "undriven" else "")
     return ERROR, check.get("error") or check.get("reason") or check["status"]
@@ -95,7 +99,7 @@ def _numbers(rows: list[Cell]) -> dict[tuple[str, str], int]:
     numbers: dict[tuple[str, str], int] = {}
     known: dict[tuple[str, str], int] = {}
     for row in rows:
-        if row["verdict"] != PAGED:
+        if row["reason"]:
             key = (row["verdict"], general(row["reason"]))
             numbers[row["family"], row["exporter"]] = known.setdefault(key, len(known) + 1)
     return numbers

@@ -142,6 +142,8 @@ def main() -> None:
         for family in arguments.families.split(","):
             for exporter in matrix.exporters():
                 cell = matrix.cell(family, exporter)
+                if cell["export"]["status"] == "unknown":
+                    continue
                 print(f"{family:20s} {exporter:30s} {summary(cell)}", flush=True)
                 cells.append(cell)
     finally:

@@ -37,7 +37,8 @@ def _check_keys(kind: str, config: dict[str, Any]) -> None:
     cls = transformers.CONFIG_MAPPING[kind]
     # What the two generations of transformers moved, renamed, or read without declaring it.
     moved = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct", "head_dim", "global_rope_theta",
-             "local_rope_theta", "global_attn_every_n_layers", "layer_types", "no_rope_layers"}
+             "local_rope_theta", "global_attn_every_n_layers", "layer_types", "no_rope_layers",
+             "local_attention"}
     known = set(cls().to_dict()) | set(cls.attribute_map) | moved
     if unknown := config.keys() - known:
         raise ValueError(f"{kind} has no {', '.join(sorted(unknown))}")
