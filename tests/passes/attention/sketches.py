@@ -42,6 +42,8 @@ class Sketch:
     op_cache: bool = False
     is_causal: bool = False
     conv: bool = False            # something sideways beside attention
+    gate: str = "none"            # none, heads_first, tokens_first: a factor for each head on the result, before or behind its transpose
+    shuffled: bool = False        # the heads of the probabilities change places (wrong)
     norm: str = "none"            # none, q: RMS of each head before rotary, with a weight
     opset: int = 23
     extra: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
@@ -257,12 +259,25 @@ def _attention(w: _Writer, q: str, k: str, v: str, batch: str, length: str, tota
     p = w.op("Softmax", scores, axis=-1)
     if s.guard:
         p = w.op("Where", w.op("IsNaN", p), w.f32(0), p)
+    if s.shuffled:
+        p = w.op("Gather", p, w.const([*range(1, s.H), 0]), axis=1)
     if rank == 5:
         p = w.op("Reshape", p, w.op("Concat", batch, w.const([s.G, s.H // s.G]), length, total, axis=0))
         out = w.op("Reshape", w.op("MatMul", p, v), w.op("Concat", batch, w.const([s.H]), length, w.const([s.D]), axis=0))
     else:
         out = w.op("MatMul", p, v)
-    return w.op("Reshape", w.op("Transpose", out, perm=[0, 2, 1, 3]), w.op("Concat", batch, length, w.const([-1]), axis=0))
+    return _merge(w, out, batch, length)
+
+
+def _merge(w: _Writer, out: str, batch: str, length: str) -> str:
+    """[B, H, S, D] → [B, S, H·D], through the gate."""
+    gate = w.rng.uniform(0.5, 1.5, w.s.H)
+    if w.s.gate == "heads_first":
+        out = w.op("Mul", out, w.f32(gate.reshape(1, -1, 1, 1)))
+    out = w.op("Transpose", out, perm=[0, 2, 1, 3])
+    if w.s.gate == "tokens_first":
+        out = w.op("Mul", out, w.f32(gate.reshape(1, 1, -1, 1)))
+    return w.op("Reshape", out, w.op("Concat", batch, length, w.const([w.s.H * w.s.D]), axis=0))
 
 
 def _attention_op(w: _Writer, q: str, k: str, v: str, batch: str, length: str, total: str, presents: list[str]) -> str:
@@ -282,9 +297,7 @@ def _attention_op(w: _Writer, q: str, k: str, v: str, batch: str, length: str, t
             for index, name in enumerate(presents):
                 operands[index + 1] = w.op("Concat", f"past_key_values.0.{name.split('.')[-1]}", operands[index + 1], axis=2, outputs=[name])
         out = w.op("Attention", *operands, *([seen] if seen else []), **attributes)
-    if not s.op_heads_first:
-        return out
-    return w.op("Reshape", w.op("Transpose", out, perm=[0, 2, 1, 3]), w.op("Concat", batch, length, w.const([-1]), axis=0))
+    return _merge(w, out, batch, length) if s.op_heads_first else out
 
 
 def s_factor(s: Sketch) -> float:

@@ -12,6 +12,8 @@ from octavo.passes.outcome import Refusal
 from sketches import VOCAB, Sketch, build
 
 SKETCHES = {
+    "output_heads_first": Sketch(gate="heads_first"),
+    "output_tokens_first": Sketch(gate="tokens_first", op=True),
     "past": Sketch(),
     "no_past": Sketch(past=False),
     "interleaved_fused": Sketch(rotary="interleaved", fused=True),

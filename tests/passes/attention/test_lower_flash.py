@@ -12,6 +12,8 @@ from octavo.passes.outcome import Refusal
 from sketches import VOCAB, Sketch, build
 
 SKETCHES = {
+    "output_heads_first": Sketch(past=False, gate="heads_first"),
+    "output_tokens_first": Sketch(past=False, gate="tokens_first", op=True),
     "no_past": Sketch(past=False),
     "past": Sketch(),
     "past_no_padding_tile": Sketch(padding=False, heads="tile"),

@@ -40,6 +40,8 @@ def error(sketch: Sketch, change: Callable[[AttentionSite], AttentionSite] = lam
 
 
 SKETCHES = {
+    "output_heads_first": Sketch(gate="heads_first"),
+    "output_tokens_first": Sketch(gate="tokens_first", op=True),
     "past": Sketch(),
     "no_past_no_padding": Sketch(past=False, padding=False),
     "mha_min_guard": Sketch(G=4, mask="min", guard=True),

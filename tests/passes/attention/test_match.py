@@ -103,9 +103,10 @@ def test_the_site_reaches_back_to_the_projection() -> None:
     (Sketch(hole=True), "none that is known"),
     (Sketch(hole=True, op=True), "none that is known"),
     (Sketch(mask="alibi"), "none that is known"),
+    (Sketch(shuffled=True), "changed before it meets the values"),
     (Sketch(op=True, op_cache=True, extra={"softmax_precision": 11}), "softmax_precision"),
     (Sketch(op=True, past=False, opset=25, extra={"left_window_size": 3}), "a window of its own"),
-], ids=["permuted", "ids", "hole", "hole_op", "alibi", "precision", "op_window"])
+], ids=["permuted", "ids", "hole", "hole_op", "alibi", "shuffled", "precision", "op_window"])
 def test_near_misses_are_refused(sketch: Sketch, word: str) -> None:
     _, found = seen(*build(sketch))
     assert len(found) == 1
@@ -143,6 +144,13 @@ def test_a_router_is_no_attention() -> None:
     softmax.outputs[0].type, softmax.outputs[0].shape = logits.type, logits.shape
     model.graph.outputs[0] = softmax.outputs[0]
     only(seen(model, interface)[1])
+
+
+@pytest.mark.parametrize(("gate", "layout", "rank"), [("heads_first", "BHSD", 4), ("tokens_first", "BSH", 4), ("none", "BSH", 3)])
+@pytest.mark.parametrize("op", [True, False])
+def test_the_output_is_the_last_movement_of_the_product(gate: str, layout: str, rank: int, op: bool) -> None:
+    site = only(seen(*build(Sketch(gate=gate, op=op)))[1])
+    assert (site.output_layout, len(site.output.shape)) == (layout, rank)
 
 
 def test_two_times_the_same_matching() -> None:
