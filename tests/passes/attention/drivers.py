@@ -11,7 +11,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from octavo import custom_ops
 from octavo.models.interface import GraphInterface
-from octavo.models.roles import guess_interface
 from octavo.passes.attention.lower_contiguous import ContiguousPlan, LowerContiguous
 from octavo.passes.attention.lower_flash import FlashPlan, LowerFlash
 from octavo.passes.attention.lower_paged import LowerPaged
@@ -32,14 +31,6 @@ def seen(model: ir.Model, interface: GraphInterface, max_context: int = MAX_CONT
     Normalize()(model)
     observation = observe(model, interface)
     return observation, match_attention(model, observation, max_context=max_context)
-
-
-def interface_of(model: ir.Model) -> GraphInterface:
-    """The interface as guessed from names, before anything is changed."""
-    sides = [[
-        (str(v.name), v.dtype.name, None if v.shape is None else [d if isinstance(d, int) else d.value for d in v.shape]) for v in values if v.dtype
-    ] for values in (model.graph.inputs, model.graph.outputs)]
-    return guess_interface(*sides)
 
 
 def open_model(model: ir.Model | Path, folder: Path | None = None, *, fused: bool = True) -> ort.InferenceSession:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from octavo.models.interface import GraphInterface
-from octavo.models.roles import guess_interface
+from octavo.models.onnx_reader import graph_interface
 from onnx import TensorProto, helper
 
 VOCAB, HIDDEN = 50, 32
@@ -75,12 +75,8 @@ class _Writer:
 
 def build(sketch: Sketch) -> tuple[ir.Model, GraphInterface]:
     """The decoder and its interface: input_ids, [attention_mask], position_ids, [past] → logits, [present]."""
-    proto = to_proto(sketch)
-    interface = guess_interface(*(
-        [(v.name, str(v.type.tensor_type.elem_type and onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type)),
-          [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]) for v in values] for values in (proto.graph.input, proto.graph.output)
-    ))
-    return ir.from_proto(proto), interface
+    model = ir.from_proto(to_proto(sketch))
+    return model, graph_interface(model)
 
 
 def to_proto(s: Sketch) -> onnx.ModelProto:

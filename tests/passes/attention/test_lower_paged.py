@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from drivers import MAX_CONTEXT, Original, Paged, interface_of, paged_error, seen
+from drivers import MAX_CONTEXT, Original, Paged, paged_error, seen
 from octavo.custom_ops.contract import DOMAIN, PAGED_ATTENTION
 from octavo.models.interface import GraphInterface
-from octavo.models.onnx_reader import read_onnx
+from octavo.models.onnx_reader import graph_interface, read_onnx
 from octavo.passes.attention.match import sites_of
 from octavo.passes.attention.site import AttentionSite
 from octavo.passes.cache_interface import TokenFlatPlan, plan_token_flat
@@ -156,7 +156,7 @@ def test_hand_built_decoder(tiny_onnx: Path, tmp_path: Path) -> None:
 
 def check_decoder(path: Path, folder: Path) -> None:
     model = read_onnx(path)
-    interface = interface_of(model)
+    interface = graph_interface(model)
     observation, found = seen(model, interface)
     plan = plan_token_flat(observation, sites_of(found), max_context=MAX_CONTEXT)
     assert isinstance(plan, TokenFlatPlan), str(plan)

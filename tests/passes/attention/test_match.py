@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from drivers import interface_of, seen
-from octavo.models.onnx_reader import read_onnx
+from drivers import seen
+from octavo.models.onnx_reader import graph_interface, read_onnx
 from octavo.passes.attention.match import match_attention, refusals_of, sites_of
 from octavo.passes.attention.site import AttentionSite, Mask
 from octavo.passes.outcome import Refusal
@@ -169,7 +169,7 @@ VARIANTS = [
 @pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=[f"{n}_" + "_".join(map(str, v.values())) for n, v in VARIANTS])
 def test_exported_decoders(exported: Callable[..., Path], name: str, variant: dict[str, object]) -> None:
     model = read_onnx(exported(name, **variant) / "model.onnx")
-    _, found = seen(model, interface_of(model))
+    _, found = seen(model, graph_interface(model))
     assert not refusals_of(found)
     assert [site.name for site in sites_of(found)] == ["layers.0.attention", "layers.1.attention"]
     for site in sites_of(found):
