@@ -131,7 +131,8 @@ def _tables(op: OpContract) -> str:
         shape, meaning = ("", "reserved: must be absent") if reserved else (port.shape.replace("|", " or "), port.meaning)
         lines.append(f"| {number} | {name} | {' or '.join(port.dtypes)} | {shape} | {meaning} |")
     lines += ["", "| output | type | shape | |", "|---|---|---|---|"]
-    lines += [f"| `{port.name}` | {' or '.join(port.dtypes)} | {port.shape} | {port.meaning} |" for port in op.outputs]
+    for port in op.outputs:
+        lines.append(f"| `{port.name}`{' (optional)' if port.optional else ''} | {' or '.join(port.dtypes)} | {port.shape} | {port.meaning} |")
     lines += ["", "| attribute | type | default | |", "|---|---|---|---|"]
     lines += [f"| `{a.name}` | {a.type} | {'required' if a.default is None else a.default} | {a.meaning} |" for a in op.attributes]
     return "\n".join(lines)
