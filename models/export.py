@@ -38,7 +38,8 @@ class ExportVariant:
     """How a decoder is exported.
 
     `with_past`: `past_key_values.{i}.key/.value` in and `present.{i}.key/.value` out. `position_ids` and `attention_mask`: whether they are
-    inputs; without them positions count from the past's length and every token is real. `attention`: transformers' implementation, `sdpa`
+    inputs; without them positions count from the past's length and every token is real (dynamo at opset 23 without `position_ids` gives a
+    graph that onnxruntime runs for a batch of one only). `attention`: transformers' implementation, `sdpa`
     (`torch.nn.functional.scaled_dot_product_attention`) or `eager` (plain products).
     """
 
@@ -102,7 +103,7 @@ class TorchDecoder:
         program.save(str(folder / GRAPH), external_data=True)
 
     def _export_torchscript(self, folder: Path, variant: ExportVariant, interface: _Interface) -> None:
-        import onnx
+        import onnx_ir as ir
 
         torch, _ = _import_torch()
         # This exporter keeps weights in the file up to 2 GB and writes one file per tensor above: both end as one data file here.
@@ -112,7 +113,7 @@ class TorchDecoder:
             _flat_decoder(self.model, variant, interface), interface.example, str(raw / GRAPH), dynamo=False, opset_version=variant.opset,
             input_names=interface.inputs, output_names=interface.outputs, dynamic_axes=dict(zip(interface.inputs, interface.axes)),
         )
-        onnx.save(onnx.load(raw / GRAPH), folder / GRAPH, save_as_external_data=True, location=WEIGHTS)
+        ir.save(ir.load(raw / GRAPH), folder / GRAPH, external_data=WEIGHTS)
         shutil.rmtree(raw)
 
 

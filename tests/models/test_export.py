@@ -73,6 +73,13 @@ def test_the_whole_grid_agrees_with_torch(case: Case, tmp_path: Path, tiny_decod
     compare(decoder.model, decoder.export(tmp_path / "out", ExportVariant(**variant)).parent, ExportVariant(**variant))
 
 
+def one_row_only(variant: ExportVariant) -> bool:
+    """Without position ids the rotary tables have one row, and the `RotaryEmbedding` that torch's exporter fuses at opset 23 wants one for
+    each row of the batch: such a graph is right for one sequence and fails in onnxruntime for several (torch 2.13, onnxscript 0.7).
+    """
+    return variant.exporter == "dynamo" and variant.opset == 23 and not variant.position_ids
+
+
 def compare(model: Any, folder: Path, variant: ExportVariant) -> None:
     """Runs graph and model on the same inputs: (batch, new tokens, past, padding on the left of the first row)."""
     session = ort.InferenceSession(folder / "model.onnx")
@@ -80,7 +87,10 @@ def compare(model: Any, folder: Path, variant: ExportVariant) -> None:
     rng = np.random.default_rng(7)
     model.set_attn_implementation(variant.attention)
     shapes = [(1, 6, 0, 0), (3, 4, 0, 0), (2, 7, 0, 2)]
-    for B, S, past, padding in shapes + ([(1, 1, 9, 0), (2, 1, 4, 0), (2, 5, 6, 3), (1, 40, 33, 0)] if variant.with_past else []):
+    shapes += [(1, 1, 9, 0), (2, 1, 4, 0), (2, 5, 6, 3), (1, 40, 33, 0)] if variant.with_past else []
+    for B, S, past, padding in shapes:
+        if B > 1 and one_row_only(variant):
+            continue
         ids = rng.integers(0, config.vocab_size, (B, S))
         mask = np.ones((B, past + S), np.int64)
         mask[0, :padding] = 0
@@ -120,6 +130,15 @@ def test_the_comparison_sees_a_wrong_graph(exported: Callable[..., Path], tiny_d
     variant = {"exporter": "torchscript", "opset": 17}
     with pytest.raises(AssertionError, match="logits"):
         compare(tiny_decoder("llama", 1).model, exported("llama", **variant), ExportVariant(**variant))
+
+
+def test_a_graph_for_one_row_only(exported: Callable[..., Path], tiny_decoder: Callable[..., Any]) -> None:
+    """Fails when the exporter mends it: then `one_row_only` has to go."""
+    variant = {"opset": 23, "with_past": False, "position_ids": False}
+    compare(tiny_decoder().model, exported(**variant), ExportVariant(**variant))
+    session = ort.InferenceSession(exported(**variant) / "model.onnx")
+    with pytest.raises(Exception, match="RotaryEmbedding"):
+        session.run(None, {"input_ids": np.ones((2, 3), np.int64), "attention_mask": np.ones((2, 3), np.int64)})
 
 
 def test_spellings(exported: Callable[..., Path]) -> None:
