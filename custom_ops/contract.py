@@ -6,6 +6,7 @@ Dimension letters, the same in Python, C++ and tests:
     H query heads          G KV heads                D head size (V-side: E)
     L layers               N blocks of the pool      P block_size (slots of a block)
     M block-table columns  R logit rows              V vocabulary        C rotary table rows (positions)
+    K, M inner and outer size of a linear (of its weight's outputs, M are seen)
 
 New to this? A *block* is P token slots of one sequence's keys and values. A *block table* lists a sequence's blocks in order, so
 position p of sequence b lives in slot `p % P` of block `block_table[b, p // P]`. *Paged* attention reads keys and values
@@ -30,7 +31,11 @@ CHUNK = 256
 # Names the layout inside a cache block; an artifact records it and `load` refuses another.
 CACHE_LAYOUT = "k-dp-v-pd.1"
 
-DType = Literal["float32", "float16", "int32", "int64", "bool"]
+# Names the layout of packed weights (src/kernels/quant.h draws it, packing.py writes it); an artifact records it and `load` refuses another.
+WEIGHT_LAYOUT = "o16-k8.1"
+TILE_OUTPUTS = 16
+
+DType = Literal["float32", "float16", "uint8", "int32", "int64", "bool"]
 
 
 @dataclass(frozen=True)
@@ -197,4 +202,134 @@ FLASH_ATTENTION = OpContract(
 A key whose score is −inf is hidden, as one that a mask hides. A window needs is_causal = 1: exporters do not agree on its meaning without.
 """
 
-OPS = {op.name: op for op in (PAGED_ATTENTION, FLASH_ATTENTION)}
+# Values of the attributes `zero_point` and `gate` are places in these; `scale_type` is the ONNX element type.
+ZERO_POINTS = ("none", "uint8", "float")
+GATES = ("none", "silu", "gelu", "gelu_tanh")
+SCALE_TYPES = {"float32": 1, "float16": 10}
+
+ZeroPoint = Literal["none", "uint8", "float"]
+ScaleType = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight of M outputs (2·M with a gate) over K inputs is packed. Its value is, each rounded once to float32,
+
+        zero_point "none"   scale·(q − 2^(bits − 1))
+        zero_point "uint8"  scale·(q − zero point)
+        zero_point "float"  scale·q + minimum        (fused)
+
+    with one scale (and zero point or minimum) per output and group of `group_size` inputs. Minimums have the scales' type.
+    """
+
+    K: int
+    M: int
+    bits: Literal[4, 8] = 4
+    group_size: Literal[32, 64, 128] = 32
+    zero_point: ZeroPoint = "none"
+    scale_type: ScaleType = "float16"
+    gated: bool = False
+
+    def refusal(self) -> str | None:
+        """Why no weight can be packed so, or None."""
+        if self.bits not in (4, 8) or self.group_size not in (32, 64, 128):
+            return f"{self.bits} bits in groups of {self.group_size}: 4 or 8 bits in groups of 32, 64 or 128 are known"
+        if self.K < 1 or self.K % self.group_size:
+            return f"{self.K} inputs are not a multiple of the group size {self.group_size}"
+        return None if self.M >= 1 else "no outputs"
+
+    @property
+    def groups(self) -> int:
+        return self.K // self.group_size
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the weight itself."""
+        return 2 * self.M if self.gated else self.M
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of TILE_OUTPUTS outputs. Gate and values fill tiles of their own, which alternate."""
+        return -(-self.M // TILE_OUTPUTS) * (2 if self.gated else 1)
+
+    @property
+    def head_bytes(self) -> int:
+        """Scales and zero points or minimums of a tile, padded to 64 bytes."""
+        number = 2 if self.scale_type == "float16" else 4
+        zero = {"none": 0, "uint8": 1, "float": number}[self.zero_point]
+        return -(-self.groups * TILE_OUTPUTS * (number + zero) // 64) * 64
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.head_bytes + self.K * self.bits // 8 * TILE_OUTPUTS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight: the length of the op's `weight` input."""
+        return self.tiles * self.tile_bytes
+
+    def attributes(self) -> dict[str, int]:
+        """The attributes of a node that reads this weight."""
+        return {
+            "K": self.K,
+            "M": self.M,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": ZERO_POINTS.index(self.zero_point),
+            "scale_type": SCALE_TYPES[self.scale_type],
+        }
+
+
+_U8: tuple[DType, ...] = ("uint8",)
+_WEIGHT = (
+    Attribute("K", "int", None, "inner size, a multiple of group_size"),
+    Attribute("M", "int", None, "outputs"),
+    Attribute("bits", "int", 4, "4 or 8"),
+    Attribute("group_size", "int", 32, "32, 64 or 128 inputs share a scale"),
+    Attribute("zero_point", "int", 0, "0 none, 1 uint8, 2 float: see WeightFormat"),
+    Attribute("scale_type", "int", 10, "1 float32, 10 float16"),
+)
+
+# A LoRA group will be added behind `residual`: its deltas join the product before the bias.
+QUANT_LINEAR = OpContract(
+    name="QuantLinear",
+    inputs=(
+        Port("input", _F32, "(..., K)", "one row per token"),
+        Port("weight", _U8, "(bytes)", "a constant packed as WeightFormat says, read in place"),
+        Port("norm_weight", _F32, "(K)", "RMSNorm of the row first: x/√(mean(x²) + norm_epsilon)·norm_weight", optional=True),
+        Port("skip", _F32, "(..., K)", "added to the input before the norm", optional=True),
+        Port("bias", _F32, "(M)", "added to the product; (2·M) with a gate: the gate's, then the values'", optional=True),
+        Port("residual", _F32, "(..., M)", "added at the end", optional=True),
+    ),
+    outputs=(
+        Port("output", _F32, "(..., M)", "the product, finished"),
+        Port("sum", _F32, "(..., K)", "input + skip", optional=True),
+    ),
+    attributes=(
+        *_WEIGHT,
+        Attribute("activation_bits", "int", 8, "8: rows are rounded to int8 by groups; 32: float32"),
+        Attribute("gate", "int", 0, "0 none; 1 silu, 2 gelu, 3 gelu_tanh: the weight has 2·M outputs and y = act(gate)·values"),
+        Attribute("norm_epsilon", "float", 1e-5, "of the RMSNorm"),
+    ),
+)
+"""y = epilogue(prologue(input) · W).
+
+With int8 activations a row's group of x has the scale s = max|x|/127 and q = round to nearest even of x·(127/max|x|); below 2^-120 the
+group is zero, and with an infinity or a NaN in it every output of the row is NaN. Per group one exact integer sum n = Σ(w − zero point)·q, then
+f = fma(float(n)·s, scale, f); with minimums n = Σw·q, and f = fma(float(Σq)·s, minimum, f) follows; groups ascend from f = 0. With float
+activations f = fma(x, w, f), inputs ascending. The sum of squares runs in 16 lanes joined by one tree. So a row's bits depend on nothing
+but the row: not on others, nor on how work is cut, nor on the instruction set.
+"""
+
+QUANT_EMBEDDING = OpContract(
+    name="QuantEmbedding",
+    inputs=(
+        Port("ids", ("int64",), "(...)", "rows of the table, 0 to M − 1"),
+        Port("weight", _U8, "(bytes)", "the packed weight, which a QuantLinear may share"),
+    ),
+    outputs=(Port("output", _F32, "(..., K)", "the values of WeightFormat, exactly"),),
+    attributes=_WEIGHT,
+)
+"""Rows out of a packed weight: a tied embedding needs no table of its own."""
+
+OPS = {op.name: op for op in (PAGED_ATTENTION, FLASH_ATTENTION, QUANT_LINEAR, QUANT_EMBEDDING)}

@@ -100,12 +100,23 @@ Status Call::input(std::size_t index, Tensor* out) const {
 }
 
 Status Call::output(std::size_t index, const std::int64_t* shape, std::size_t rank, float** out) const {
+  bool wanted = false;
+  OCTAVO_TRY(optional_output(index, shape, rank, out, &wanted));
+  return wanted ? Status::ok() : Status::invalid("output '%s' is missing", op->outputs[index].name);
+}
+
+Status Call::optional_output(std::size_t index, const std::int64_t* shape, std::size_t rank, float** out, bool* wanted) const {
+  *wanted = false;
+  std::size_t count = 0;
+  OCTAVO_TRY(Status::from_ort(api, ort::KernelContext_GetOutputCount(api, context, &count)));
+  if (index >= count) return Status::ok();
   OrtValue* value = nullptr;
   void* data = nullptr;
   OCTAVO_TRY(Status::from_ort(api, ort::KernelContext_GetOutput(api, context, index, shape, rank, &value)));
-  if (value == nullptr) return Status::invalid("output '%s' is missing", op->outputs[index].name);
+  if (value == nullptr) return Status::ok();
   OCTAVO_TRY(Status::from_ort(api, ort::GetTensorMutableData(api, value, &data)));
-  *out = static_cast<float*>(data);
+  *wanted = true;
+  *out = static_cast<float*>(data);  // may be null where the shape is empty
   return Status::ok();
 }
 

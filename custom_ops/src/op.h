@@ -73,9 +73,9 @@ struct Call {
   Status output(std::size_t index, const std::int64_t (&shape)[Rank], float** out) const {
     return output(index, shape, Rank, out);
   }
-
- private:
   Status output(std::size_t index, const std::int64_t* shape, std::size_t rank, float** out) const;
+  // Leaves *out where the node does not ask for this output, and says so.
+  Status optional_output(std::size_t index, const std::int64_t* shape, std::size_t rank, float** out, bool* wanted) const;
 };
 
 struct OpDefinition : OrtCustomOp {

@@ -66,7 +66,7 @@ namespace octavo::ort {
 inline constexpr std::uint32_t kCustomOpVersion = 18;
 inline constexpr std::uint32_t kMinimumMinor = 24;  // onnxruntime 1.24: the first whose table holds every slot below
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum ErrorCode : int { kOk = 0, kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
 enum MemoryType : int { kDefault = 0 };
@@ -95,6 +95,7 @@ inline constexpr Slot<85, OrtStatus*(const OrtKernelInfo*, const char*, float*)>
 inline constexpr Slot<86, OrtStatus*(const OrtKernelInfo*, const char*, std::int64_t*)> KernelInfoGetAttribute_int64;
 inline constexpr Slot<87, OrtStatus*(const OrtKernelInfo*, const char*, char*, std::size_t*)> KernelInfoGetAttribute_string;
 inline constexpr Slot<88, OrtStatus*(const OrtKernelContext*, std::size_t*)> KernelContext_GetInputCount;
+inline constexpr Slot<89, OrtStatus*(const OrtKernelContext*, std::size_t*)> KernelContext_GetOutputCount;
 inline constexpr Slot<90, OrtStatus*(const OrtKernelContext*, std::size_t, const OrtValue**)> KernelContext_GetInput;
 inline constexpr Slot<91, OrtStatus*(OrtKernelContext*, std::size_t, const std::int64_t*, std::size_t, OrtValue**)> KernelContext_GetOutput;
 inline constexpr Slot<93, void(OrtStatus*)> ReleaseStatus;

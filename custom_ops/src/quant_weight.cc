@@ -1,5 +1,7 @@
 #include "quant_weight.h"
 
+#include <initializer_list>
+
 namespace octavo {
 namespace {
 

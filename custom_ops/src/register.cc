@@ -16,7 +16,7 @@ struct Domain {
 };
 
 Domain make_domain(const OrtApi* api) {
-  const OpDefinition* const ops[] = {paged_attention(), flash_attention()};
+  const OpDefinition* const ops[] = {paged_attention(), flash_attention(), quant_linear(), quant_embedding()};
   OrtCustomOpDomain* domain = nullptr;
   Status status = Status::from_ort(api, ort::CreateCustomOpDomain(api, kDomain, &domain));
   for (const OpDefinition* op : ops) {

@@ -3,6 +3,8 @@
 #include "kernels/table-inl.h"
 
 namespace octavo {
-extern const Kernels kernels_avx2;
-constinit const Kernels kernels_avx2 = avx2::table("avx2");
+extern const QuantKernels quant_kernels_avx2, quant_kernels_avxvnni;
+extern const Kernels kernels_avx2, kernels_avxvnni;
+constinit const Kernels kernels_avx2 = avx2::table("avx2", &quant_kernels_avx2);
+constinit const Kernels kernels_avxvnni = avx2::table("avxvnni", &quant_kernels_avxvnni);
 }  // namespace octavo

@@ -16,6 +16,7 @@ namespace {
 struct Isa {
   const Kernels* kernels;
   bool (*available)();
+  const char* family = "";  // OCTAVO_ISA may name it instead: the best of the family is taken
 };
 
 bool always() { return true; }
@@ -23,7 +24,7 @@ bool always() { return true; }
 #ifdef OCTAVO_X86_64
 
 struct Features {
-  bool avx2, avx512;
+  bool avx2, avxvnni, avx512, avx512vnni;
 };
 
 // cpuid tells what the processor can do, xgetbv which registers the operating system saves: both are needed.
@@ -38,7 +39,11 @@ Features detect() {
   if ((low & ymm) != ymm || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
   const bool avx2 = b & bit_AVX2;
   const bool wide = (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
-  return {avx2, avx2 && wide && (low & zmm) == zmm};
+  const bool avx512 = avx2 && wide && (low & zmm) == zmm;
+  const bool avx512vnni = avx512 && (c & bit_AVX512VNNI);
+  constexpr unsigned bit_avxvnni = 1u << 4;  // of eax in sub-leaf 1
+  const bool avxvnni = avx2 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_avxvnni);
+  return {avx2, avxvnni, avx512, avx512vnni};
 }
 
 const Features& features() {
@@ -48,15 +53,22 @@ const Features& features() {
 
 }  // namespace
 
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512bw, kernels_avx512vnni;
 
 namespace {
 
 bool has_avx2() { return features().avx2; }
-bool has_avx512() { return features().avx512; }
+bool has_avxvnni() { return features().avxvnni; }
+bool has_avx512bw() { return features().avx512; }
+bool has_avx512vnni() { return features().avx512vnni; }
 
-constexpr Isa kIsas[] = {{&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2}, {&kernels_scalar, always}};
+constexpr Isa kIsas[] = {
+    {&kernels_avx512vnni, has_avx512vnni, "avx512"},
+    {&kernels_avx512bw, has_avx512bw, "avx512"},
+    {&kernels_avxvnni, has_avxvnni},
+    {&kernels_avx2, has_avx2},
+    {&kernels_scalar, always},
+};
 
 #else
 
@@ -71,15 +83,15 @@ struct Choice {
 
 Choice choose() {
   const char* asked = std::getenv("OCTAVO_ISA");
+  const bool any = asked == nullptr || *asked == 0;
+  bool known = false;
   for (const Isa& isa : kIsas) {
-    if (asked == nullptr || *asked == 0) {
-      if (isa.available()) return {isa.kernels, Status::ok()};
-    } else if (std::strcmp(asked, isa.kernels->name) == 0) {
-      if (isa.available()) return {isa.kernels, Status::ok()};
-      return {nullptr, Status::invalid("OCTAVO_ISA is '%s', which this processor or operating system does not have", asked)};
-    }
+    const bool meant = any || std::strcmp(asked, isa.kernels->name) == 0 || std::strcmp(asked, isa.family) == 0;
+    known = known || meant;
+    if (meant && isa.available()) return {isa.kernels, Status::ok()};
   }
-  return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s'; this build knows scalar, avx2 and avx512 (the last two on x86-64)", asked)};
+  if (known) return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s', which this processor or operating system does not have", asked)};
+  return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s'; this build knows scalar and, on x86-64, avx2, avxvnni, avx512, avx512bw and avx512vnni", asked)};
 }
 
 const Choice& choice() {

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/quant.h"
 #include "kv/block_view.h"
 
 namespace octavo {
@@ -43,6 +44,7 @@ struct Rotary {
 
 struct Kernels {
   const char* name;
+  const QuantKernels* quant;
   // The softmax state of one chunk alone.
   void (*attend_chunk[2])(const Tile&, const ChunkView&, const Softmax& out);
   // state = state merged with the state of the next chunk.

@@ -7,8 +7,9 @@
 namespace octavo::OCTAVO_TARGET {
 
 // constexpr: the table is data in the file, and no code of this instruction set runs before it is chosen.
-constexpr Kernels table(const char* name) {
+constexpr Kernels table(const char* name, const QuantKernels* quant) {
   return {name,
+          quant,
           {attend_chunk<float>, attend_chunk<Half>},
           merge,
           finish,

@@ -6,5 +6,7 @@ namespace octavo {
 
 const OpDefinition* paged_attention();
 const OpDefinition* flash_attention();
+const OpDefinition* quant_linear();
+const OpDefinition* quant_embedding();
 
 }  // namespace octavo

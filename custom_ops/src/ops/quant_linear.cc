@@ -53,7 +53,8 @@ class QuantLinear {
     shape[rank - 1] = weight_.M();
     OCTAVO_TRY(call.output(0, shape, rank, &output));
     shape[rank - 1] = weight_.K();
-    OCTAVO_TRY(call.optional_output(1, shape, rank, &sum));
+    bool wants_sum = false;
+    OCTAVO_TRY(call.optional_output(1, shape, rank, &sum, &wants_sum));
     if (rows == 0) return Status::ok();
 
     const Prologue prologue{in[kInput].as<float>(), in[kSkip].as<float>(), sum, in[kNormWeight].as<float>(), epsilon_};
@@ -92,7 +93,7 @@ class QuantLinear {
     out->int8 = int8_;
     out->block_bytes = (row_bytes * std::min(step, rows) + 63) / 64 * 64;
     OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(out->block_bytes * blocks), &out->blocks));
-    const auto block = [&](std::size_t i, std::size_t) {
+    auto block = [&](std::size_t i, std::size_t) {
       const std::int64_t row0 = static_cast<std::int64_t>(i) * step;
       kernels.prepare(weight, prologue, row0, static_cast<int>(std::min(step, rows - row0)), *out);
     };

@@ -56,7 +56,7 @@ namespace octavo::quant_scalar {
 
 using namespace octavo::scalar;
 
-inline constexpr int kRowBlock = 2;
+inline constexpr int kRowBlock = 4;
 constexpr int block_tiles(int) { return 1; }
 inline constexpr int kKeptSums = 1;
 
@@ -68,7 +68,7 @@ template <int Bits>
 struct Sum {
   Ints acc;
   OCTAVO_INLINE void begin(const Ints& start) { acc = start; }
-  OCTAVO_INLINE void add(const Bytes& w, std::int32_t quad) {
+  __attribute__((noinline)) void add(const Bytes& w, std::int32_t quad) {  // inlined, it would be unrolled to a quarter megabyte of code
     for (int j = 0; j < 4; ++j) {
       const int x = static_cast<std::int8_t>(quad >> (8 * j));
       OCTAVO_EACH acc.x[i] += w.x[4 * i + j] * x;
