@@ -19,7 +19,6 @@ __version__ = "0.1.0"
 # Where each public name lives. The facade has no logic: tests hold that this is all there is.
 _HOME = {
     "compile": ".compiler",
-    "check": ".compiler",
     "import_model": ".compiler",
     "inspect": ".compiler",
     "CompileOptions": ".compiler",
@@ -65,10 +64,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from os import PathLike
+
     from .compiler import CheckReport as CheckReport
     from .compiler import CompileOptions as CompileOptions
     from .compiler import CompileReport as CompileReport
-    from .compiler import check as check
     from .compiler import compile as compile
     from .compiler import import_model as import_model
     from .compiler import inspect as inspect
@@ -85,6 +86,24 @@ if TYPE_CHECKING:
     from .runtime import Session as Session
     from .runtime import Usage as Usage
     from .runtime import load as load
+
+
+def check(
+    artifact: str | PathLike[str], against: str | PathLike[str], *, text: str | None = None, seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Runs an artifact and its source through the same cases and compares their logits: see docs/howto/check.md.
+
+    Here and not in a room, because the compiler does not know the runtime: the facade hands it `load`.
+    """
+    from .compiler.check import check as run
+
+    def open_model(path: PathLike[str], fusions: bool) -> Model:
+        from .runtime import RuntimeOptions, load
+
+        return load(path, options=RuntimeOptions(optimize_graph=fusions))
+
+    return run(artifact, against, load=open_model, text=text, seed=seed, progress=progress)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """THE PIPELINE: an exported graph in, an artifact and the account of its making out."""
 
 from .check import CheckReport
-from .compile import compile, import_model, inspect
+from .entry import compile, import_model, inspect
 from .options import CompileOptions
 from .report import CompileReport
 

@@ -17,7 +17,7 @@ octavo_functions = values.Opset("ai.octavo.functions", 1)
 
 
 @script(octavo_functions)
-def FlashAttention(  # noqa: PLR0917
+def FlashAttention(
     query: FLOAT[...],
     key: FLOAT[...],
     value: FLOAT[...],
