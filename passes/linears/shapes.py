@@ -1,0 +1,128 @@
+"""Shapes of a rewritten graph, as far as they follow from its inputs: enough to prove that what is added to a product has the product's shape.
+
+A dimension is a number, or the name of a size that an input declares (`T`, `R`, `batch`): equal names are equal sizes. A value whose shape
+can't be told has none, and nothing is concluded about it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+
+import onnx_ir as ir
+
+from ...custom_ops.contract import DOMAIN
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+_UNARY = frozenset({
+    "Abs", "Cast", "Clip", "Elu", "Erf", "Exp", "FastGelu", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LayerNormalization", "LeakyRelu",
+    "Log", "LogSoftmax", "Mish", "Neg", "QuickGelu", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Sigmoid",
+    "SimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh",
+})
+_BINARY = frozenset({"Add", "BiasGelu", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where"})
+
+
+def infer_shapes(graph: ir.Graph) -> dict[ir.Value, Shape]:
+    """The known shapes. `graph` is in execution order."""
+    shapes: dict[ir.Value, Shape] = {}
+    for value in (*graph.inputs, *graph.initializers.values()):
+        declared = value.const_value.shape if value.const_value is not None else value.shape
+        if declared is not None and all(isinstance(dim, int) or dim.value is not None for dim in declared):
+            shapes[value] = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in declared)
+    for node in graph:
+        for value, shape in zip(node.outputs, _outputs(node, shapes)):
+            if shape is not None:
+                shapes[value] = shape
+    return shapes
+
+
+def _outputs(node: ir.Node, shapes: dict[ir.Value, Shape]) -> Sequence[Shape | None]:
+    operands = [None if value is None else shapes.get(value) for value in node.inputs]
+    first = operands[0] if operands else None
+    if node.domain == DOMAIN:
+        return [_attention(node, operands)]
+    if node.domain not in ("", "ai.onnx", "com.microsoft") or first is None:
+        return []
+    if node.op_type in _UNARY:
+        return [first]
+    if node.op_type in _BINARY:
+        return [_broadcast(operands)]
+    if node.op_type in ("MatMul", "Gemm", "MatMulNBits"):
+        return [_product(node, operands)]
+    if node.op_type == "SkipSimplifiedLayerNormalization":
+        return [first, None, None, first]
+    if node.op_type == "Gather" and operands[1] is not None:
+        axis = node.attributes.get_int("axis", 0) % len(first)
+        return [(*first[:axis], *operands[1], *first[axis + 1 :])]
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", tuple(reversed(range(len(first)))))
+        return [tuple(first[axis] for axis in order)]
+    if node.op_type == "Reshape":
+        target = ints(node.inputs[1])
+        return [None if target is None or node.attributes.get_int("allowzero", 0) else _reshaped(first, target)]
+    if node.op_type == "Split":
+        return _split(node, first)
+    return []
+
+
+def ints(value: ir.Value | None) -> list[int] | None:
+    """The elements of a constant vector of integers."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None or not tensor.dtype.is_integer() else [int(number) for number in tensor.numpy().reshape(-1)]
+
+
+def _broadcast(operands: Sequence[Shape | None]) -> Shape | None:
+    found: list[Dim] = []
+    for shape in operands:
+        if shape is None:
+            return None
+        ours, theirs = [1] * (len(shape) - len(found)) + found, [1] * (len(found) - len(shape)) + list(shape)
+        if any(a not in (b, 1) and b != 1 for a, b in zip(ours, theirs)):
+            return None  # two sizes that may be equal or 1: only a run would tell
+        found = [b if a == 1 else a for a, b in zip(ours, theirs)]
+    return tuple(found)
+
+
+def _product(node: ir.Node, operands: Sequence[Shape | None]) -> Shape | None:
+    rows, weight = operands[0], operands[1]
+    if rows is None:
+        return None
+    if node.op_type == "MatMulNBits":
+        return (*rows[:-1], node.attributes.get_int("N"))
+    if weight is None or len(weight) != 2 or len(rows) < 2 or node.attributes.get_int("transA", 0):
+        return None
+    return (*rows[:-1], weight[0] if node.attributes.get_int("transB", 0) else weight[1])
+
+
+def _attention(node: ir.Node, operands: Sequence[Shape | None]) -> Shape | None:
+    """[T, H·E] of PagedAttention, [B, S, H·E] of FlashAttention."""
+    if node.op_type not in ("PagedAttention", "FlashAttention") or operands[0] is None or operands[2] is None:
+        return None
+    width = operands[2][-1]
+    if not isinstance(width, int):
+        return None
+    return (*operands[0][:-1], width // node.attributes.get_int("kv_num_heads") * node.attributes.get_int("num_heads"))
+
+
+def _reshaped(shape: Shape, target: Sequence[int]) -> Shape | None:
+    known = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(target)]
+    if -1 not in known:
+        return tuple(known)
+    whole, rest = prod(dim for dim in shape if isinstance(dim, int)), prod(dim for dim in known if isinstance(dim, int) and dim != -1)
+    names, taken = Counter(dim for dim in shape if isinstance(dim, str)), Counter(dim for dim in known if isinstance(dim, str))
+    if taken - names or rest == 0 or whole % rest:
+        return None
+    factor, left = whole // rest, sorted((names - taken).elements())
+    hole: Dim = factor if not left else left[0] if factor == 1 and len(left) == 1 else "·".join((str(factor), *left))
+    return tuple(hole if dim == -1 else dim for dim in known)
+
+
+def _split(node: ir.Node, shape: Shape) -> Sequence[Shape | None]:
+    axis, count = node.attributes.get_int("axis", 0) % len(shape), len(node.outputs)
+    sizes, whole = ints(node.inputs[1]) if len(node.inputs) > 1 else None, shape[axis]
+    if sizes is None and isinstance(whole, int):
+        sizes = [whole // count] * count if whole % count == 0 else None
+    return [] if sizes is None else [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
