@@ -56,7 +56,7 @@ def decoder_body(
     ids, logits = graph_value(observation, "input_ids"), graph_value(observation, "logits")
     if not sites or ids is None or logits is None:
         return Refusal("the graph is no decoder", str(observation.model.graph.name), "expected attention sites, token ids and logits")
-    local = trace_tokens(observation, sites, folded=folded)
+    local = trace_tokens(observation, sites, folded=folded, max_context=max_context)
     if local.refusals:
         return local.refusals[0]
     sources = position_sources(observation, local.positional, max_context=max_context)

@@ -20,7 +20,7 @@ from .attention.site import AttentionSite
 from .extract import cone
 from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
-from .positions import MAX_CONTEXT, position_sources, situations, thresholds_in
+from .positions import situations, thresholds_in
 from .token_axis import Dims, Sideways, TokenAxis, View, for_one_sequence, token_dimension
 from .token_rules import RULES
 
@@ -41,22 +41,14 @@ class Locality:
     axes: dict[ir.Value, TokenAxis]
 
 
-def prove_local(
-    observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = (), max_context: int = MAX_CONTEXT,
-) -> tuple[Refusal, ...]:
-    """Why the observed graph is not token-local outside `sites`, with rows of structural values that follow from the position alone; empty
-    where it is proved to be, for sequences of up to `max_context` tokens. Of the sites in `folded` the rotary embedding belongs to the
-    site, of others it is part of the graph.
-    """
-    traced = trace_tokens(observation, sites, folded=folded, max_context=max_context)
-    sources = position_sources(observation, traced.positional, max_context=max_context)
-    return (*traced.refusals, sources) if isinstance(sources, Refusal) else traced.refusals
-
-
 def trace_tokens(
-    observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = (), max_context: int = MAX_CONTEXT,
+    observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = (), max_context: int,
 ) -> Locality:
-    """Follows the token axis through the whole graph. Rows of structural values are not judged here, but handed on."""
+    """Follows the token axis through the whole graph, for sequences of up to `max_context` tokens.
+
+    Of the sites in `folded` the rotary embedding belongs to the site, of others it is part of the graph. Rows of structural values are not
+    judged here, but handed on.
+    """
     return _Trace(observation, sites, folded, max_context).run()
 
 

@@ -22,9 +22,6 @@ from .token_axis import Sideways, for_one_sequence, token_dimension
 # Positions that are always looked at; those around each constant of the cone come to them (a threshold is written down somewhere).
 _POSITIONS = (0, 1, 2, 3, 7, 12)
 
-# Where nothing says how long a sequence can be.
-MAX_CONTEXT = 8192
-
 # Elementwise kernels may round the last bits differently in a vector's tail than in its body; nothing else may differ.
 _ULPS = 8
 
@@ -41,9 +38,7 @@ class PositionSource:
     dtype: ir.DataType
 
 
-def position_sources(
-    observation: Observation, values: Sequence[ir.Value], *, max_context: int = MAX_CONTEXT,
-) -> dict[ir.Value, PositionSource] | Refusal:
+def position_sources(observation: Observation, values: Sequence[ir.Value], *, max_context: int) -> dict[ir.Value, PositionSource] | Refusal:
     """What to replace by positions so that each row of `values` (structural) follows from its token's position, and from nothing else.
 
     Decided by evaluation: of single positions, and of the same positions in other company, lengths, pasts and masks. Positions below

@@ -31,7 +31,6 @@ def _same_layout(view: View) -> TokenAxis:
     return relaid(shape, view.only(0), view.results[0])
 
 
-
 def _repeat(view: View) -> TokenAxis:
     """Expand, Tile: the token dimension must come out as it went in."""
     axis, shape = view.only(0), view.shapes[0]

@@ -107,6 +107,26 @@ def test_a_mask_read_beside_attention_does_not_page() -> None:
     assert isinstance(plan_token_flat(observation, sites_of(found), max_context=MAX_CONTEXT), Refusal)
 
 
+def test_a_threshold_of_the_length_counts_up_to_the_context() -> None:
+    """Logits that change once a sequence has 10,000 tokens: a row of tokens of many sequences would not. Fine where none gets that long."""
+    model, interface = build(Sketch(past=False))
+    ids, logits = next(v for v in model.graph.inputs if v.name == "input_ids"), next(v for v in model.graph.outputs if v.name == "logits")
+    limit = ir.val("limit", const_value=ir.tensor(np.array([10_000]), name="limit"))
+    model.graph.register_initializer(limit)
+    length = ir.node("Shape", [ids], attributes={"start": 1, "end": 2}, name="length")
+    over = ir.node("Greater", [length.outputs[0], limit], name="over")
+    factor = ir.node("Cast", over.outputs, attributes={"to": int(ir.DataType.FLOAT)}, name="factor")
+    add = ir.node("Add", [logits, factor.outputs[0]], name="beside")
+    model.graph.extend([length, over, factor, add])
+    logits.name, add.outputs[0].name = "inner", "logits"
+    add.outputs[0].type, add.outputs[0].shape = logits.type, logits.shape
+    model.graph.outputs[0] = add.outputs[0]
+    observation, found = seen(model, interface)
+    assert isinstance(plan_token_flat(observation, sites_of(found), max_context=MAX_CONTEXT), TokenFlatPlan)
+    refusal = plan_token_flat(observation, sites_of(found), max_context=20_000)
+    assert isinstance(refusal, Refusal) and "follows from lengths" in refusal.reason
+
+
 def test_the_order_of_the_passes_is_held() -> None:
     model, plan = planned(Sketch())
     with pytest.raises(ir.passes.PreconditionError, match="LowerPaged"):

@@ -6,7 +6,7 @@ what is accepted must not move a row when another one changes, what is refused m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,14 @@ import onnxruntime as ort
 import pytest
 from octavo.models.onnx_reader import graph_interface, read_onnx
 from octavo.passes.attention.match import match_attention, sites_of
-from octavo.passes.locality import prove_local, trace_tokens
+from octavo.passes.attention.site import AttentionSite
+from octavo.passes.locality import trace_tokens
 from octavo.passes.normalize import Normalize
-from octavo.passes.observe import observe
+from octavo.passes.observe import Observation, observe
 from octavo.passes.outcome import Refusal
+from octavo.passes.positions import position_sources
 
+MAX_CONTEXT = 64
 SIZES = {"W": (8, 8), "up": (8, 24), "down": (24, 8), "bias": (8,), "gain": (8,), "table": (16, 8), "places": (64, 8), "kernel": (8, 8, 3)}
 INTS = {
     "zero": [0], "one": [1], "two": [2], "three": [3], "four": [4], "eight": [8], "nine": [9], "sixteen": [16], "forty": [40], "last": [-1],
@@ -46,6 +49,13 @@ g (int64[B,S] input_ids{inputs}) => (float[B,S,8] logits) <{', '.join(constants)
 def _numbers(name: str, shape: tuple[int, ...]) -> str:
     draw = np.random.default_rng(len(name))
     return ", ".join(f"{x:.4f}" for x in draw.standard_normal(int(np.prod(shape))))
+
+
+def prove_local(observation: Observation, sites: Sequence[AttentionSite], *, folded: Sequence[AttentionSite] = ()) -> tuple[Refusal, ...]:
+    """Why the graph is not token-local outside `sites`, with rows of structural values that follow from the position alone."""
+    traced = trace_tokens(observation, sites, folded=folded, max_context=MAX_CONTEXT)
+    sources = position_sources(observation, traced.positional, max_context=MAX_CONTEXT)
+    return (*traced.refusals, sources) if isinstance(sources, Refusal) else traced.refusals
 
 
 def refusals(model: ir.Model) -> tuple[Refusal, ...]:
@@ -236,6 +246,6 @@ def test_exported_decoders(exported: Callable[..., Path], exporter: str, opset: 
     assert len(sites) == 2
     assert prove_local(observation, sites) == prove_local(observation, sites, folded=sites) == ()
     assert prove_local(observation, sites[:1]) and prove_local(observation, sites[1:])
-    traced = trace_tokens(observation, sites)
+    traced = trace_tokens(observation, sites, max_context=MAX_CONTEXT)
     assert traced.positional and all(observation.kind(value) == "structural" for value in traced.positional)
-    assert not trace_tokens(observation, sites, folded=sites).positional
+    assert not trace_tokens(observation, sites, folded=sites, max_context=MAX_CONTEXT).positional

@@ -53,7 +53,7 @@ IDS, MASK = ", int64[B,S] position_ids", ", int64[B,T] attention_mask"
 def test_found(at: str, inputs: str) -> None:
     """With the sources replaced, the value is what the whole cone gives at those positions."""
     observation, rotary = observed(f"{at} {ANGLES}", inputs, ", int64[1] far = {9223372036854775807}")
-    sources = position_sources(observation, [rotary])
+    sources = position_sources(observation, [rotary], max_context=64)
     assert not isinstance(sources, Refusal) and len(sources) == 1
     places = np.array([7, 8, 9])
     given = {value: laid(source, places) for value, source in sources.items()}
@@ -70,7 +70,7 @@ def test_found(at: str, inputs: str) -> None:
 ], ids=["relative to the longest", "past a threshold of the length", "place in the step", "the mask itself", "clipped by the past"])
 def test_refused(at: str, inputs: str) -> None:
     observation, rotary = observed(f"{at} {ANGLES}", inputs, ", int64[1] far = {9223372036854775807}")
-    found = position_sources(observation, [rotary])
+    found = position_sources(observation, [rotary], max_context=64)
     assert isinstance(found, Refusal) and found.where == "rotary" and found.nearest
 
 
@@ -78,14 +78,14 @@ def test_a_threshold_beyond_the_first_positions() -> None:
     """Angles that change at position 40 for all tokens once one of them is there: seen only because 40 is written in the cone."""
     body = "longest = ReduceMax(position_ids) over = Greater(longest, limit) k = Cast<to = 1>(over) {} rotary = Add(plain, k)"
     observation, rotary = observed(body.format(f"at = Identity(position_ids) {ANGLES}".replace("rotary", "plain")), IDS)
-    assert isinstance(position_sources(observation, [rotary]), Refusal)
+    assert isinstance(position_sources(observation, [rotary], max_context=64), Refusal)
     assert not isinstance(position_sources(observation, [rotary], max_context=32), Refusal)  # no position gets there
 
 
 def test_values_without_rows_are_passed_over() -> None:
     observation, _ = observed("at = Range(p, t, one) " + ANGLES)
     scalar = next(v for node in observation.model.graph for v in node.outputs if v.name == "t")
-    assert position_sources(observation, [scalar]) == {}
+    assert position_sources(observation, [scalar], max_context=64) == {}
 
 
 def test_laid() -> None:
