@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
 from ..errors import ArtifactError
 from ..models.decision import Decision
+from ..models.json_record import SchemaError, read_record
 from ..models.spec import Kind
 from ..passes.outcome import Outcome, Refusal
 
@@ -55,23 +56,16 @@ class CompileReport:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> CompileReport:
+    def from_json(data: object) -> CompileReport:
         """The inverse of `to_json`. Raises ArtifactError where `data` is no report of this version."""
+        again = "compile again with this version"
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != REPORT_VERSION:
+            raise ArtifactError(f"report version {version!r} can't be read", hint=again)
         try:
-            if data["version"] != REPORT_VERSION or data["kind"] not in get_args(Kind):
-                raise ArtifactError(f"report version {data['version']!r}, kind {data['kind']!r} can't be read", hint="compile again with this version")
-            return CompileReport(
-                **{
-                    **data,
-                    "sites": tuple(SiteLine(**site) for site in data["sites"]),
-                    "refusals": tuple(Refusal(**refusal) for refusal in data["refusals"]),
-                    "decisions": tuple(Decision.from_json(decision) for decision in data["decisions"]),
-                    "outcomes": tuple(_outcome(outcome) for outcome in data["outcomes"]),
-                    "sizes": Sizes(**data["sizes"]),
-                }
-            )
-        except (KeyError, TypeError) as e:
-            raise ArtifactError(f"the report is not one that this version can read: {e}", hint="compile again with this version") from e
+            return read_record(CompileReport, data, "the report")
+        except SchemaError as error:
+            raise ArtifactError(f"the report is not one that this version can read: {error}", hint=again) from error
 
     @property
     def headline(self) -> str:
@@ -113,10 +107,6 @@ class CompileReport:
     def _size_line(self) -> str:
         s = self.sizes
         return f"{s.nodes_before} → {s.nodes_after} nodes, {s.bytes_before / 1e6:.1f} → {s.bytes_after / 1e6:.1f} MB of parameters"
-
-
-def _outcome(data: dict[str, Any]) -> Outcome:
-    return Outcome(**{**data, "refusals": tuple(Refusal(**r) for r in data["refusals"]), "notes": tuple(data["notes"])})
 
 
 def _stage_line(o: Outcome) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,6 @@ class Decision:
     reason: str
     stage: Literal["compile", "load", "run"] = "compile"
     where: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Decision:
-        return Decision(**data)
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""

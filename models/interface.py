@@ -6,8 +6,8 @@ graph with an input of unknown role can be `run`, never driven as a decoder.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Role = Literal[
     # a decoder in its exporter's form
@@ -46,11 +46,6 @@ class GraphPort:
     role: Role
     layer: int | None = None
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> GraphPort:
-        shape = data["shape"]
-        return GraphPort(**{**data, "shape": None if shape is None else tuple(shape)})
-
 
 @dataclass(frozen=True)
 class GraphInterface:
@@ -58,16 +53,6 @@ class GraphInterface:
 
     inputs: tuple[GraphPort, ...]
     outputs: tuple[GraphPort, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> GraphInterface:
-        return GraphInterface(
-            inputs=tuple(GraphPort.from_json(port) for port in data["inputs"]),
-            outputs=tuple(GraphPort.from_json(port) for port in data["outputs"]),
-        )
 
     def input(self, role: Role, layer: int | None = None) -> GraphPort | None:
         """The input with this role (and layer), or None."""

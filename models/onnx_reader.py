@@ -20,7 +20,7 @@ from .external_data import ExternalEntry, check_entry, check_external_paths, mod
 from .interface import GraphInterface
 from .roles import Triple, guess_interface
 
-__all__ = ["MAX_OPSET", "Source", "external_files", "graph_interface", "read_onnx", "source_sha256"]
+__all__ = ["MAX_OPSET", "Source", "graph_interface", "read_onnx", "source_sha256"]
 
 # The newest ai.onnx opset whose meaning Octavo's rules know.
 MAX_OPSET = 25
@@ -58,11 +58,6 @@ def read_onnx(source: Source) -> ir.Model:
     folder = path.parent.resolve()
     _map_tensors(model, lambda tensor: _placed(tensor, folder))
     return _checked(model, str(path))
-
-
-def external_files(model: ir.Model) -> tuple[Path, ...]:
-    """The files, sorted, that the model's tensors are read from."""
-    return tuple(sorted({Path(tensor.path) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}))
 
 
 def graph_interface(model: ir.Model) -> GraphInterface:

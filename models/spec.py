@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Kind = Literal["paged", "contiguous", "stateless", "baseline"]
 CacheName = Literal["fp32", "fp16"]
@@ -41,15 +41,3 @@ class ModelSpec:
     max_context: int
     cache_layers: tuple[CacheLayer, ...]
     cache_groups: tuple[CacheGroup, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> ModelSpec:
-        return ModelSpec(
-            vocab_size=data["vocab_size"],
-            max_context=data["max_context"],
-            cache_layers=tuple(CacheLayer(**layer) for layer in data["cache_layers"]),
-            cache_groups=tuple(CacheGroup(**group) for group in data["cache_groups"]),
-        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -36,9 +35,6 @@ class Outcome:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
