@@ -157,9 +157,8 @@ def _truncate(runner: Runner, tokens: Tokens) -> Rows:
     return _in_session(runner, body)
 
 
-PREDICT = Case("predict", _predict)
 CASES = (
-    PREDICT,
+    Case("predict", _predict),
     Case("prefill", _prefill),
     Case("chunks of 1", _chunks(1, 12)),
     Case("chunks of 7", _chunks(7, SHORT)),

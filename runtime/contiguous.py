@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from ..errors import UnsupportedError
 from ..models.interface import GraphInterface, GraphPort
-from .executor import Rows, as_logits, step_error
+from .executor import Logits, step_error
 from .plan import Limits, SequenceState, Slice, StepPlan
 
 
@@ -25,11 +25,16 @@ class PastTokens:
 
 
 class ContiguousExecutor:
-    """An Executor for one sequence a step. `max_context` None: the graph's own bound is not known."""
+    """An Executor for one sequence a step, of a graph that `why_not_a_decoder` says nothing against.
+
+    `max_context` None: the graph's own bound is not known.
+    """
 
     def __init__(self, session: ort.InferenceSession, interface: GraphInterface, *, max_context: int | None) -> None:
         self._session = session
-        self._ids, self._logits = _decoder_ports(interface)
+        ids, logits = interface.input("input_ids"), interface.output("logits")
+        assert ids is not None and logits is not None, why_not_a_decoder(interface)
+        self._ids, self._logits = ids, logits
         self._positions = interface.input("position_ids")
         self._mask = interface.input("attention_mask")
         self._past = tuple(port for port in interface.inputs if port.role in ("past_key", "past_value"))
@@ -68,7 +73,7 @@ class ContiguousExecutor:
     def unreserve(self, sequence: SequenceState) -> None:
         pass            # nothing is ever promised
 
-    def execute(self, plan: StepPlan) -> list[Rows]:
+    def execute(self, plan: StepPlan) -> list[Logits]:
         (part,) = plan.slices
         try:
             logits, past = self._run(part)
@@ -83,7 +88,7 @@ class ContiguousExecutor:
     def check(self) -> None:
         assert self._num_open >= 0
 
-    def _run(self, part: Slice) -> tuple[Rows, PastTokens]:
+    def _run(self, part: Slice) -> tuple[Logits, PastTokens]:
         start = part.start if self._past else 0
         ids = part.sequence.tokens[start : part.stop]
         feeds = {self._ids.name: _ort([ids], self._ids)}
@@ -94,7 +99,7 @@ class ContiguousExecutor:
         feeds.update(zip((port.name for port in self._past), part.sequence.cache.values))
         names = [self._logits.name, *(port.name for port in self._present)]
         logits, *present = self._session.run_with_ort_values(names, feeds)
-        rows = as_logits(logits.numpy())[0]
+        rows = np.asarray(logits.numpy(), np.float32)[0]
         if len(rows) not in (1, len(ids)) or part.num_rows > len(rows):
             raise UnsupportedError(f"the graph gives {len(rows)} rows of logits for {len(ids)} tokens", hint='ask for rows="last"')
         return rows[len(rows) - part.num_rows :], PastTokens(tuple(present))
@@ -138,14 +143,6 @@ def why_not_a_decoder(interface: GraphInterface) -> str:
             if interface.output("present_key" if port.role == "past_key" else "present_value", port.layer) is None:
                 return f"its past {port.name!r} has no present"
     return ""
-
-
-def _decoder_ports(interface: GraphInterface) -> tuple[GraphPort, GraphPort]:
-    why = why_not_a_decoder(interface)
-    ids, logits = interface.input("input_ids"), interface.output("logits")
-    if why or ids is None or logits is None:
-        raise UnsupportedError(f"the graph can't be driven as a decoder: {why}", hint="model.run feeds its inputs by name")
-    return ids, logits
 
 
 def _present_of(interface: GraphInterface, past: GraphPort) -> GraphPort:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..errors import CapacityError, OctavoError, StepError
 from .decisions import DecisionLog
-from .executor import Executor, Rows
+from .executor import Executor, Logits
 from .plan import SequenceState, Slice, StepPlan
 from .request import AppendRequest, GenerateRequest, Request
 from .scheduler import Schedule, Scheduler
@@ -86,7 +86,7 @@ class Engine:
             if not request.preemptable and not self._scheduler.make_room(request, len(request.sequence.tokens)):
                 for earlier in requests[:at]:
                     self.executor.unreserve(earlier.sequence)
-                raise CapacityError(self._no_room(request), hint="close sequences, or load the model with more memory=")
+                raise self._no_room(request)
         for request in requests:
             self._scheduler.add(request, admitted=not request.preemptable)
 
@@ -124,7 +124,7 @@ class Engine:
         self.collect_dropped()
         schedule = self._scheduler.schedule()
         for request in schedule.starved:
-            self._fail(request, CapacityError(self._no_room(request), hint="close sequences, or load the model with more memory="))
+            self._fail(request, self._no_room(request))
         unread = dict(zip(schedule.requests, schedule.plan.slices))
         try:
             for request, part, outcome in self._execute(schedule):
@@ -138,7 +138,7 @@ class Engine:
             for request, part in unread.items():
                 self.executor.truncate(request.sequence, part.start)
 
-    def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Rows | OctavoError]]:
+    def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Logits | OctavoError]]:
         """Each request with its logits, or with what went wrong.
 
         A step of several that fails is done again one by one, so that only the culprit ends.
@@ -147,7 +147,7 @@ class Engine:
         if not plan.slices:
             return
         try:
-            outcomes: Sequence[Rows | OctavoError] = self.executor.execute(plan)
+            outcomes: Sequence[Logits | OctavoError] = self.executor.execute(plan)
             self.counters.update(steps=1, tokens=plan.num_tokens)
         except OctavoError as error:
             self._record(error, plan)
@@ -158,7 +158,7 @@ class Engine:
             outcomes = [error]
         yield from zip(schedule.requests, plan.slices, outcomes)
 
-    def _accept(self, request: Request, part: Slice, rows: Rows) -> None:
+    def _accept(self, request: Request, part: Slice, rows: Logits) -> None:
         """Samples and emits; ends what is done."""
         if isinstance(request, GenerateRequest) and request.num_pending == 0:
             for index in range(1, request.forks_wanted + 1):
@@ -168,7 +168,7 @@ class Engine:
                 self._take(fork, part, rows)
         self._take(request, part, rows)
 
-    def _take(self, request: Request, part: Slice, rows: Rows) -> None:
+    def _take(self, request: Request, part: Slice, rows: Logits) -> None:
         try:
             request.accept(part, rows)
         except ValueError as error:     # logits that nothing can be drawn from
@@ -209,9 +209,10 @@ class Engine:
         self.counters.update(failed_steps=1)
         self._decisions.run("step", "failed", str(error), where=f"{len(plan.slices)} sequences" if len(plan.slices) > 1 else "")
 
-    def _no_room(self, request: Request) -> str:
+    def _no_room(self, request: Request) -> CapacityError:
         stats = self.executor.stats()
-        return (
+        return CapacityError(
             f"no room to grow a sequence from {request.sequence.num_cached} to {len(request.sequence.tokens)} tokens: "
-            f"{stats['blocks_free'] - stats['blocks_reserved']} of {stats['blocks_total']} blocks can be had, other sequences hold the rest"
+            f"{stats['blocks_free'] - stats['blocks_reserved']} of {stats['blocks_total']} blocks can be had, other sequences hold the rest",
+            hint="close sequences, or load the model with more memory=",
         )

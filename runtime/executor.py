@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ..errors import OctavoError, StepError
 from .plan import Limits, SequenceState, StepPlan
 
-Rows = NDArray[np.float32]
+Logits = NDArray[np.float32]
+"""float32 (rows, V)."""
 
 # Sequences of one step. Enough to turn decoding from memory-bound to compute-bound on the CPUs this is for.
 MAX_SEQUENCES = 32
@@ -52,8 +53,8 @@ class Executor(Protocol):
 
     def unreserve(self, sequence: SequenceState) -> None: ...
 
-    def execute(self, plan: StepPlan) -> list[Rows]:
-        """Runs the plan and returns each slice's rows of logits, (num_rows, V), valid until the next call.
+    def execute(self, plan: StepPlan) -> list[Logits]:
+        """Runs the plan and returns each slice's logits, (num_rows, V), valid until the next call.
 
         All or nothing: it commits (`num_cached` of each sequence is its slice's stop), or raises with every cache as it was before.
         Raises StepError for a kernel or an allocation that failed, CapacityError where no block was left.
@@ -73,8 +74,3 @@ def step_error(error: Exception) -> Exception:
         return error
     cause = f"{type(error).__name__}: {str(error).strip()}"
     return StepError(f"a step failed: {cause}", hint="it was rolled back; model.decisions has the record")
-
-
-def as_logits(value: Any) -> Rows:
-    """A graph's logits as float32, copied only where they are of another type."""
-    return np.asarray(value, dtype=np.float32)

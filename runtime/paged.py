@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArtifactError
 from ..models.spec import ModelSpec
-from .executor import MAX_SEQUENCES, MAX_STEP_TOKENS, Rows, step_error
+from .executor import MAX_SEQUENCES, MAX_STEP_TOKENS, Logits, step_error
 from .kv.store import BlockStore
 from .kv.tables import BlockTables, Extension, SequenceBlocks
 from .plan import Limits, SequenceState, StepPlan
@@ -57,7 +57,7 @@ class PagedExecutor:
     def unreserve(self, sequence: SequenceState) -> None:
         self._tables.unreserve(_blocks(sequence))
 
-    def execute(self, plan: StepPlan) -> list[Rows]:
+    def execute(self, plan: StepPlan) -> list[Logits]:
         extensions: list[Extension] = []
         try:
             for part in plan.slices:
@@ -124,9 +124,9 @@ class _Feed:
         for name, value in caches.items():
             self._io.bind_ortvalue_input(name, value)
         self._caches = caches   # the binding doesn't keep the arrays alive
-        self._logits: Rows = np.empty((0, spec.vocab_size), np.float32)
+        self._logits: Logits = np.empty((0, spec.vocab_size), np.float32)
 
-    def run(self, plan: StepPlan) -> Rows:
+    def run(self, plan: StepPlan) -> Logits:
         """One step; logits (num_rows, V), overwritten by the next."""
         self._fill(plan)
         rows = max(plan.num_rows, 1)

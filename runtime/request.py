@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OctavoError
+from .executor import Logits
 from .plan import SequenceState, Slice
 from .results import Completion, FinishReason, Piece, Result, TokenLogprob, Usage
 from .sampling import SamplingParams, sample, token_logprob
 from .text import TextStream
-
-Rows = NDArray[np.float32]
 
 
 class Request:
@@ -33,7 +32,7 @@ class Request:
         """Tokens still to be computed."""
         return len(self.sequence.tokens) - self.sequence.num_cached
 
-    def accept(self, part: Slice, rows: Rows) -> None:
+    def accept(self, part: Slice, rows: Logits) -> None:
         """Takes the logits of positions [part.first_row, part.stop), a view that lasts until the next step."""
         raise NotImplementedError
 
@@ -51,13 +50,13 @@ class AppendRequest(Request):
         super().__init__(sequence, first_row)
         self.length_before = length_before
         self.error: OctavoError | None = None
-        self._rows: list[Rows] = []
+        self._rows: list[Logits] = []
 
     @property
-    def logits(self) -> Rows:
+    def logits(self) -> Logits:
         return self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
 
-    def accept(self, part: Slice, rows: Rows) -> None:
+    def accept(self, part: Slice, rows: Logits) -> None:
         if len(rows):
             self._rows.append(rows.copy())
         self.done = self.num_pending == 0
@@ -119,7 +118,7 @@ class GenerateRequest(Request):
     def fork(self, sequence: SequenceState, index: int) -> GenerateRequest:
         return GenerateRequest(sequence, self.generation, index, self._text.fork() if self._text else None)
 
-    def accept(self, part: Slice, rows: Rows) -> None:
+    def accept(self, part: Slice, rows: Logits) -> None:
         self._take_prompt_logprobs(part, rows)
         if self.num_pending == 0:
             self._sample(rows[-1])
@@ -135,7 +134,7 @@ class GenerateRequest(Request):
         logprobs = None if self.generation.params.logprobs is None else tuple(self._logprobs)
         return Completion("".join(self._texts), tuple(self.output), self._finish, logprobs, self._error)
 
-    def _take_prompt_logprobs(self, part: Slice, rows: Rows) -> None:
+    def _take_prompt_logprobs(self, part: Slice, rows: Logits) -> None:
         generation = self.generation
         k = generation.params.prompt_logprobs
         if k is None or self.index:
