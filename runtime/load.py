@@ -146,7 +146,7 @@ def _model(
 def _context_bound(folder: Path, log: DecisionLog) -> int | None:
     """The longest sequence by the config.json beside a graph; None, recorded, where it says nothing."""
     config = read_json(folder / "config.json")
-    found = [config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int) and config[key] > 0]
+    found = [config[key] for key in _CONTEXT_KEYS if type(config.get(key)) is int and config[key] > 0]
     if not found:
         log.load("max_context", "unknown", "no config.json beside the graph tells it; generate needs max_tokens")
         return None

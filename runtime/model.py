@@ -98,6 +98,8 @@ class Model:
             hint = 'predict, sessions and generate drive it; the kinds "contiguous", "stateless" and "baseline" have run'
             raise UnsupportedError('a "paged" model has no inputs and outputs of its own', hint=hint)
         names = {port.name for port in self._interface.inputs}
+        if not isinstance(inputs, Mapping):
+            raise RequestError(f"the inputs are a {type(inputs).__name__}, not a mapping of names to arrays")
         if set(inputs) != names:
             off = sorted(set(inputs) ^ names)
             raise RequestError(f"the graph's inputs are {', '.join(sorted(names))}; missing or unknown: {', '.join(off)}")
@@ -207,6 +209,8 @@ class Model:
         if not known:
             raise RequestError("nothing bounds the completion: the model's context is not known", hint="give max_tokens")
         eos = frozenset() if params.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
+        # A configuration may name ids that the logits don't have (−1 for "none"): such a token never comes, and can't be banned.
+        eos = frozenset(token for token in eos if 0 <= token < executor.vocab_size)
         return Generation(
             prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns,
             seed=secrets.randbits(64) if params.seed is None else params.seed,

@@ -19,7 +19,7 @@ _FORMS = "a prompt is text, a list of chat messages, or a list or 1-D NumPy arra
 def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts out of one or several. Text, a mapping-only list and an integer-only list are one."""
     if isinstance(prompts, np.ndarray):
-        return list(prompts) if prompts.ndim == 2 else [prompts]
+        return list(prompts) if prompts.ndim == 2 and len(prompts) else [prompts]
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, list | tuple):

@@ -8,7 +8,8 @@ index, so a token depends on nothing else that runs at the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -144,7 +145,7 @@ def adjust(
         seen = np.unique(np.concatenate([prompt, output]))
         values = scores[seen]
         factor = params.repetition_penalty
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             scores[seen] = np.where(values > 0, values / factor, values * factor)
         tokens, counts = np.unique(output, return_counts=True)
         scores[tokens] -= params.frequency_penalty * counts + params.presence_penalty
@@ -200,13 +201,14 @@ def _int(name: str, value: Any, low: int, high: int, *, optional: bool = False) 
 
 def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """`above` leaves `low` itself out."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (above and value == low):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The largest float, and not isfinite(): that overflows on an int beyond it.
+    if not number or not low <= value <= min(high, sys.float_info.max) or (above and value == low):
         raise OptionError(f"{name}={value!r} is not a number in {'(' if above else '['}{low}, {high}{')' if high == math.inf else ']'}")
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARACTERS for text in stops):
         raise OptionError(f"stop takes up to {MAX_STOPS} texts of 1 … {MAX_STOP_CHARACTERS} characters")
     return stops

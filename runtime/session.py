@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CapacityError, RequestError
+from ..errors import CapacityError, OptionError, RequestError
 from ..models.runner import Ids, Rows
 from .plan import SequenceState
 from .prompt import check_ids
@@ -56,6 +56,9 @@ class Session:
         self._check_open()
         work = list(work)
         sequences = [sequence for sequence, _ in work]
+        if any(not isinstance(sequence, Sequence) or sequence._model is not self._model for sequence in sequences):
+            # Another model's blocks mean nothing here, and would be written all the same.
+            raise RequestError("append_batch takes sequences of its own model", hint="make them with new_sequence() of this model's sessions")
         if len({id(sequence) for sequence in sequences}) != len(sequences):
             raise RequestError("a sequence is given twice", hint="append its tokens in one go")
         with ExitStack() as stack:
@@ -164,6 +167,8 @@ class Sequence:
 
     def _params(self, params: SamplingParams | None) -> SamplingParams:
         params = self._model.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise OptionError(f"params is a {type(params).__name__}, not SamplingParams")
         if params.n > 1 or params.prompt_logprobs is not None:
             what = "n > 1" if params.n > 1 else "prompt_logprobs"
             hint = "fork() the sequence for several; append(rows='all') gives a prompt's logits"

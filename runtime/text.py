@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from ..errors import ModelError, UnsupportedError
+from ..errors import ModelError, RequestError, UnsupportedError
 from .chat_template import ChatTemplate
 
 _REPLACEMENT = "\ufffd"
@@ -49,7 +49,10 @@ class Tokenizer:
         return Tokenizer(tokenizer, eos_ids=_eos_ids(folder, config, tokenizer), chat_template=template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:   # of a str: it holds half a surrogate pair, as bytes that are no UTF-8 become on a command line
+            raise RequestError("the text is not valid Unicode", hint="decode it as UTF-8 first") from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The messages in the model's chat format, ready for the assistant's turn."""
@@ -175,7 +178,10 @@ def _overlap(text: str, stop: str) -> int:
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} can't be read: {error}", hint="copy the tokenizer files of the model again") from error
     source = config.get("chat_template")
     if isinstance(source, list):    # several, by name
         source = next((entry.get("template") for entry in source if isinstance(entry, dict) and entry.get("name") == "default"), None)
@@ -193,7 +199,7 @@ def _eos_ids(folder: Path, config: dict[str, Any], tokenizer: _Tokenizer) -> fro
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
-        ids.update(token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+        ids.update(token for token in (value if isinstance(value, list) else [value]) if type(token) is int)
     eos = _special_tokens(config).get("eos_token")
     if eos is not None and (token := tokenizer.token_to_id(eos)) is not None:
         ids.add(token)

@@ -197,7 +197,8 @@ def test_bad_prompts(model):
     sequence = model.begin_session().new_sequence()
     bad = [
         [], "", [320], [-1], [[1], []], [1.5], [True], None, 7, {"role": "user"}, [{"role": "user"}], [{"role": 1, "content": ""}],
-        np.zeros((1, 0), int), np.array([1.0]), np.array([[320]]), [[[1]]], b"bytes", [None],
+        np.zeros((1, 0), int), np.zeros((0, 3), int), np.array([1.0]), np.array([[320]]), [[[1]]], b"bytes", [None],
+        "\ud800", [{"role": "user", "content": "\ud800"}],
     ]
     for prompt in bad:
         with pytest.raises(octavo.OctavoError):
@@ -215,6 +216,9 @@ def test_bad_prompts(model):
     with pytest.raises(OptionError, match="SamplingParams"):
         model.generate("a", {"max_tokens": 3})
     sequence.append([1])
+    for use in (sequence.generate, sequence.stream):
+        with pytest.raises(OptionError, match="SamplingParams"):
+            use({"max_tokens": 3})
     for params in (octavo.SamplingParams(n=2), octavo.SamplingParams(prompt_logprobs=1)):
         with pytest.raises(RequestError):
             sequence.generate(params)
@@ -233,6 +237,26 @@ def test_prompts_of_every_form(model):
     assert len({model.generate(form, params)[0].completions for form in forms}) == 1
     assert len(model.generate([*forms, "text"], params)) == 7
     assert len(model.generate(np.array([ids, ids]), params)) == 2
+
+
+def test_another_models_sequence_is_refused(model, kind, paths):
+    """Its blocks would be looked up, written and counted in this model's pool."""
+    with octavo.load(getattr(paths, kind), options=octavo.RuntimeOptions(threads=1)) as other:
+        sequence = other.begin_session().new_sequence()
+        expected = sequence.append([5] * 40)
+        for stranger in (sequence, None):
+            with pytest.raises(RequestError, match="its own model"):
+                model.begin_session().append_batch([(model.begin_session().new_sequence(), [1]), (stranger, [1])])
+        sequence.truncate(39)
+        np.testing.assert_allclose(sequence.append([5]), expected, rtol=0, atol=1e-4)
+
+
+def test_end_tokens_beyond_the_vocabulary_are_none(source, tmp_path):
+    folder = copied(source.parent, tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5000, -1]}')
+    last = octavo.SamplingParams(temperature=0, max_tokens=3, min_tokens=2, logit_bias={319: 100})
+    with octavo.load(folder / "model.onnx") as model:
+        assert model.generate([[5, 6]], last)[0].completions[0].token_ids == (319, 319, 319), "-1 is not the last token"
 
 
 def test_stops(model):

@@ -123,6 +123,10 @@ def test_missing_and_broken_files(tmp_path, tokenizer):
         (tmp_path / name).write_text(text)
         with pytest.raises(ModelError, match=name):
             Tokenizer.open(tmp_path)
+    write_tiny_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja"):
+        Tokenizer.open(tmp_path)
 
 
 ESCAPES = [
