@@ -123,7 +123,11 @@ def check(
     """
     from . import check as run_check
 
-    report = run_check(artifact, against, text=text.read_text(encoding="utf-8") if text else None, seed=seed, progress=_say)
+    try:
+        passage = text.read_text(encoding="utf-8") if text else None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{text} is not UTF-8 text: {error}") from error
+    report = run_check(artifact, against, text=passage, seed=seed, progress=_say)
     _print(as_json, report.to_json(), report.to_text())
     if not report.ok:
         raise typer.Exit(CHECK_FAILED)

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from ..errors import UnsupportedError
+from ..errors import OptionError, UnsupportedError
 from ..models.artifact import Artifact
 from ..models.onnx_reader import read_onnx, source_sha256
 from ..models.runner import Runner
@@ -107,9 +107,11 @@ def check(
     """Runs the artifact and `against` (an `.onnx`) through the same cases and compares their logits.
 
     The tokens are `text` (a passage of ours by default) where the artifact has a tokenizer, else seeded uniform ids. One model is in
-    memory at a time. Raises ArtifactError (an incomplete artifact, or contents that are not those recorded), ModelError (`against` can't be
-    read), UnsupportedError (a graph that can't be driven).
+    memory at a time. Raises OptionError (a seed below 0), ArtifactError (an incomplete artifact, or contents that are not those recorded),
+    ModelError (`against` can't be read), UnsupportedError (a graph that can't be driven).
     """
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise OptionError(f"seed={seed!r} is not an int ≥ 0")
     say = progress or (lambda _: None)
     opened = Artifact.open(artifact)
     say("verifying the artifact's contents")

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..custom_ops.contract import CACHE_LAYOUT
-from ..errors import ModelError
+from ..errors import ArtifactError, ModelError
 from ..models.artifact import REPORT, Artifact, Manifest, SourceRecord
 from ..models.external_data import source_sha256
 from ..models.gguf import import_gguf
@@ -48,7 +48,12 @@ def inspect(path: Source) -> CompileReport:
     """The report of an artifact, or of what a compile with default options would do to a graph. Writes nothing."""
     if isinstance(path, (str, PathLike)) and Path(path).is_dir():
         artifact = Artifact.open(path)
-        return CompileReport.from_json(json.loads((artifact.folder / REPORT).read_text(encoding="utf-8")))
+        file = artifact.folder / REPORT
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{file} can't be read: {error}", hint="compile the model again") from error
+        return CompileReport.from_json(data)
     return _build(path, CompileOptions()).report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import ArtifactError
 from ..models.spec import CacheName, ModelSpec
 
 
@@ -42,5 +43,7 @@ def quality_thresholds(spec: ModelSpec | None, *, quantized: bool) -> dict[str, 
 
 
 def quality(thresholds: dict[str, float]) -> Limits:
-    """The limits against the source as it stands, out of a manifest."""
+    """The limits against the source as it stands, out of a manifest. ArtifactError for one that is not known here."""
+    if unknown := thresholds.keys() - Limits.__dataclass_fields__.keys():
+        raise ArtifactError(f"the manifest has a threshold {min(unknown)!r} that is not known here", hint="compile the model again")
     return Limits(**thresholds)

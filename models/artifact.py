@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 )
 
 _COMPILE_AGAIN = "compile the model again"
+_MAX_SIZE = 2**31 - 1   # positions and ids of a step are int32
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     for name in manifest.files:
         if not _is_bare(name):
             raise ArtifactError(f"{path} records a file {name!r}, which is not a plain name", hint=_COMPILE_AGAIN)
+    if wrong := _wrong_spec(manifest):
+        raise ArtifactError(f"{path}: {wrong}", hint=_COMPILE_AGAIN)
     return manifest
 
 
@@ -207,6 +210,21 @@ class ArtifactWriter:
         write_manifest(replace(manifest, files=files), self.folder / MANIFEST)
         Artifact.open(self.folder)  # what can't be loaded is never put in place
         return Artifact.open(self._staged.commit())
+
+
+def _wrong_spec(manifest: Manifest) -> str:
+    """What no decoder's sizes can be, or "". A group beyond the last would be a cache that no fork ever copies."""
+    spec = manifest.spec
+    if spec is None:
+        return 'kind "paged" without a spec' if manifest.kind == "paged" else ""
+    if manifest.kind == "paged" and not spec.cache_layers:
+        return 'kind "paged" without a cache'
+    sizes = [spec.vocab_size, spec.max_context, *(size for c in spec.cache_layers for size in (c.kv_heads, c.head_size, c.value_size))]
+    if not all(1 <= size <= _MAX_SIZE for size in sizes):
+        return f"the spec has a size that is not in 1 … {_MAX_SIZE}"
+    if not all(0 <= layer.group < len(spec.cache_groups) for layer in spec.cache_layers):
+        return "a cache layer is in a group that the spec doesn't have"
+    return ""
 
 
 def _is_bare(name: str) -> bool:

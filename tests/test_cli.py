@@ -392,6 +392,21 @@ def test_bad_artifacts(octavo_cli, workplace, tmp_path, command, bad):
     assert "Traceback" not in err and re.search(r"^octavo: .+\n  \S", err, re.MULTILINE), err
 
 
+def test_a_report_that_is_none(octavo_cli, workplace, tmp_path):
+    shutil.copytree(workplace / "art", tmp_path / "bad")
+    report = tmp_path / "bad" / "report.json"
+    report.write_bytes(b"\xff" * report.stat().st_size)
+    code, _, err = octavo_cli("inspect", report.parent)
+    assert code == 3 and "report.json" in err and "Traceback" not in err, err
+
+
+def test_check_with_a_bad_text_or_seed(octavo_cli, tmp_path):
+    (tmp_path / "text").write_bytes(b"abc\xff")
+    for arguments, cause in ((["--text", tmp_path / "text"], "UTF-8"), (["--seed", "-1"], "seed")):
+        code, _, err = octavo_cli("check", "art", "--against", "model.onnx", *arguments)
+        assert code == 3 and cause in err, err
+
+
 def test_wrong_contents_are_found_by_check(octavo_cli, workplace, tmp_path):
     shutil.copytree(workplace / "art", tmp_path / "art")
     weights = tmp_path / "art" / "model.onnx.data"
@@ -404,8 +419,9 @@ def test_wrong_contents_are_found_by_check(octavo_cli, workplace, tmp_path):
     (["generate", "{plain}", "--prompt", "x"], "logits"),
     (["generate", "art", "--prompt", ""], "empty"),
     (["generate", "art", "--prompt", "word " * 2000], "context|tokens"),
+    (["generate", "art", "--prompt", os.fsdecode(b"\xff")], "Unicode"),
     (["generate", "art", "--prompt", "x", "--memory", "1KB"], "memory|1KB|GiB|MiB|bytes"),
-], ids=["no logits", "empty prompt", "too long", "no memory"])
+], ids=["no logits", "empty prompt", "too long", "not UTF-8", "no memory"])
 def test_bad_requests(octavo_cli, tmp_path, arguments, cause):
     plain = _without_logits(tmp_path / "plain")
     code, _, err = octavo_cli(*(a.format(plain=plain) for a in arguments))

@@ -13,7 +13,7 @@ import octavo
 import onnx
 import pytest
 from octavo.compiler.check import CheckReport, compare, dequantized
-from octavo.compiler.thresholds import Limits
+from octavo.compiler.thresholds import Limits, quality
 from octavo.errors import ArtifactError, ModelError
 from octavo.models.tiny import tiny_llama_onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -275,6 +275,11 @@ def test_top1_allows_one_row_and_then_its_share(rows, other, ok):
     ours = theirs.copy()
     ours[:other] = ours[:other, ::-1]
     assert compare("original", "x", ours, theirs, Limits(top1=0.9)).ok == ok
+
+
+def test_an_unknown_threshold_is_refused():
+    with pytest.raises(ArtifactError, match="'speed'"):
+        quality({"relative": 1.0, "speed": 1.0})
 
 
 def test_report_shows_every_limit_and_reads_as_json():

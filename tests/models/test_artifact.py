@@ -100,6 +100,11 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unrecorded weights": (lambda m: m["files"].pop(WEIGHTS), "does not record"),
     "path": (lambda m: m["files"].update({"../x": {"size": 0, "sha256": ""}}), "not a plain name"),
     "absolute path": (lambda m: m["files"].update({"/etc/passwd": {"size": 0, "sha256": ""}}), "not a plain name"),
+    "no spec": (lambda m: m.update(spec=None), "without a spec"),
+    "no cache": (lambda m: m["spec"].update(cache_layers=[]), "without a cache"),
+    "negative size": (lambda m: m["spec"]["cache_layers"][0].update(head_size=-1), "not in 1"),
+    "huge context": (lambda m: m["spec"].update(max_context=2**40), "not in 1"),
+    "group of its own": (lambda m: m["spec"]["cache_layers"][0].update(group=2), "in a group"),
     "extra file": (lambda m: m["files"].update({"gone.json": {"size": 0, "sha256": ""}}), "gone.json is missing"),
 }
 
