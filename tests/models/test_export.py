@@ -65,7 +65,7 @@ def test_a_graph_agrees_with_torch(case: Case, exported: Callable[..., Path], ti
     compare(tiny_decoder(name).model, exported(name, **variant), ExportVariant(**variant))
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("case", GRID, ids=label)
 def test_the_whole_grid_agrees_with_torch(case: Case, tmp_path: Path, tiny_decoder: Callable[..., Any]) -> None:
     name, variant = case
