@@ -21,12 +21,15 @@ from .site import EmbeddingSite, GateSite, LinearSite, Norm, Residual
 
 @dataclass(frozen=True)
 class Linears:
-    """What was found. `norms` by their outputs; `residuals` by the product (a linear's output, or a gate's) that is added to something."""
+    """What was found. `norms` by their outputs; `sums` of two values of one shape that a norm reads, by the sum; `residuals` by the product (a
+    linear's output, or a gate's) that is added to something.
+    """
 
     sites: tuple[LinearSite, ...]
     embeddings: tuple[EmbeddingSite, ...]
     gates: tuple[GateSite, ...]
     norms: Mapping[ir.Value, Norm]
+    sums: Mapping[ir.Value, tuple[ir.Value, ir.Value]]
     residuals: Mapping[ir.Value, Residual]
     refusals: tuple[Refusal, ...]
 
@@ -55,8 +58,9 @@ def find_linears(model: ir.Model, ids: str = "input_ids") -> Linears:
     products = [site.output for site in sites] + [gate.output for gate in gates]
     residuals = {value: residual for value in products if (residual := _residual(value, shapes)) is not None}
     weights = {site.weight: site.name for site in sites if not site.packed}
-    embeddings = tuple(found for node in graph if (found := _embedding(node, weights, ids)) is not None)
-    return Linears(tuple(sites), embeddings, tuple(gates), norms, residuals, (*refusals, *refused))
+    embeddings = tuple(table for node in graph if (table := _embedding(node, weights, ids)) is not None)
+    sums = {norm.source: parts for norm in norms.values() if (parts := _sum(norm.source, shapes)) is not None}
+    return Linears(tuple(sites), embeddings, tuple(gates), norms, sums, residuals, (*refusals, *refused))
 
 
 def _linear(node: ir.Node, shapes: Mapping[ir.Value, Shape]) -> LinearSite | Refusal | None:
@@ -69,7 +73,9 @@ def _linear(node: ir.Node, shapes: Mapping[ir.Value, Shape]) -> LinearSite | Ref
         K, M = node.attributes.get_int("K"), node.attributes.get_int("N")
         bias = node.inputs[5] if len(node.inputs) > 5 else None
         if x.dtype not in (None, ir.DataType.FLOAT):
-            return Refusal(f"computed in {x.dtype}", str(node.name))
+            return Refusal(f"computed in {x.dtype.name.lower()}", str(node.name))
+        if bias is not None and not _is_bias(bias, M, shapes):
+            return Refusal("a bias that is no constant vector", str(node.name), f"{bias.name}: {shapes.get(bias)}")
         return _with_bias(LinearSite("", node, x, weight, True, K, M, bias, node.outputs[0]), shapes)
     if node.op_type in ("FusedMatMul", "FusedGemm") and weight is not None and _matrix(weight)[0] is not None:
         return Refusal("a product that onnxruntime has fused", str(node.name), f"{node.op_type}: export without its optimizer")
@@ -109,9 +115,13 @@ def _dense(node: ir.Node, shapes: Mapping[ir.Value, Shape]) -> LinearSite | Refu
         bias = node.inputs[2] if len(node.inputs) > 2 else None
     sizes = [int(size) for size in weight.const_value.shape]
     M, K = sizes if turned else reversed(sizes)
-    if bias is not None and shapes.get(bias) != (M,):
+    if bias is not None and not _is_bias(bias, M, shapes):
         return Refusal("a bias that is no constant vector", str(node.name), f"{bias.name}: {shapes.get(bias)}")
     return _with_bias(LinearSite("", node, x, weight, turned, K, M, bias, node.outputs[0]), shapes)
+
+
+def _is_bias(value: ir.Value, M: int, shapes: Mapping[ir.Value, Shape]) -> bool:
+    return value.const_value is not None and not value.is_graph_input() and shapes.get(value) == (M,)
 
 
 def _with_bias(site: LinearSite, shapes: Mapping[ir.Value, Shape]) -> LinearSite:
@@ -120,7 +130,7 @@ def _with_bias(site: LinearSite, shapes: Mapping[ir.Value, Shape]) -> LinearSite
     if site.bias is not None or added is None:
         return site
     node, other = added
-    if other.const_value is None or other.is_graph_input() or shapes.get(other) != (site.M,):
+    if not _is_bias(other, site.M, shapes):
         return site
     return LinearSite(site.name, site.node, site.input, site.weight, site.transposed, site.K, site.M, other, node.outputs[0])
 
@@ -139,6 +149,16 @@ def _residual(value: ir.Value, shapes: Mapping[ir.Value, Shape]) -> Residual | N
     if added is None or shape is None or shapes.get(added[1]) != shape or added[1].const_value is not None:
         return None
     return Residual(added[1], added[0].outputs[0])
+
+
+def _sum(value: ir.Value, shapes: Mapping[ir.Value, Shape]) -> tuple[ir.Value, ir.Value] | None:
+    node = value.producer()
+    if node is None or not is_standard(node, "Add"):
+        return None
+    a, b = node.inputs[0], node.inputs[1]
+    if a is None or b is None or a.const_value is not None or b.const_value is not None or value.is_graph_output():
+        return None
+    return (a, b) if shapes.get(a) is not None and shapes.get(a) == shapes.get(b) else None
 
 
 def _embedding(node: ir.Node, weights: Mapping[ir.Value, str], name: str) -> EmbeddingSite | None:

@@ -168,8 +168,8 @@ def _shifted(node: ir.Node, value: ir.Value) -> Stored | None:
     if blocks is None or stored is None or stored.axis is None or stored.minimum is not None:
         return None
     shape, few = [int(size) for size in stored.q.shape], [int(size) for size in stored.scale.shape]
-    cut = shape[: stored.axis] + [few[stored.axis], stored.block] + shape[stored.axis + 1 :]
-    one = shape[: stored.axis] + [few[stored.axis], 1] + shape[stored.axis + 1 :]
+    cut = [*shape[: stored.axis], few[stored.axis], stored.block, *shape[stored.axis + 1 :]]
+    one = [*shape[: stored.axis], few[stored.axis], 1, *shape[stored.axis + 1 :]]
     if target.numpy().tolist() != shape or blocks.numpy().tolist() != cut or [int(size) for size in minimum.shape] != one:
         return None
     return Stored(str(value.name), stored.q, stored.scale, stored.zero_point, minimum, _is(added, "Sub"), stored.axis, stored.block)
