@@ -28,7 +28,8 @@ from .value_shapes import Shapes, fit_dims, learn_shapes
 def observe(model: ir.Model, interface: GraphInterface) -> Observation:
     """Runs `model` at tiny probes and says what its values are. `model` is not changed; nothing is written anywhere.
 
-    Raises ObservationError where an input has no known role or an unknown size, or where the graph can't be run (sizes baked in).
+    Inputs of no known role are fed zeros, in sizes that go by their names. Raises ObservationError where an input has no known rank, or
+    where the graph can't be run (sizes baked in).
     """
     kinds = Kinds(model.graph, interface)
     shapes = learn_shapes(model, interface, kinds)
@@ -83,6 +84,11 @@ class Observation:
         """What onnxruntime said when the graph was run with several sequences; empty where that worked."""
         return self._shapes.unbatched
 
+    @property
+    def static(self) -> bool:
+        """Whether every input has fixed sizes: the graph runs in one situation, formulas are numbers, and nothing can be proved of others."""
+        return self._shapes.named is None
+
     def evaluate(
         self, values: Sequence[ir.Value], probe: Probe, *, replace: Mapping[ir.Value, NDArray[Any]] | None = None,
     ) -> list[NDArray[Any]]:
@@ -135,7 +141,7 @@ class Observation:
     def _leaf(self, leaf: ir.Value, probe: Probe) -> NDArray[Any]:
         node = leaf.producer()
         if node is None:
-            return feed_of(port_of(self.interface, leaf), leaf, probe)
+            return feed_of(port_of(self.interface, leaf), leaf, probe, self._shapes.named)
         operand = node.inputs[0]
         assert operand is not None
         dims = self.dims(operand)

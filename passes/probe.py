@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,17 @@ from numpy.typing import NDArray
 
 from ..errors import OctavoError
 from ..models.interface import GraphInterface, GraphPort
+
+
+# A size that only other inputs have, where a probe doesn't say.
+OTHER_SIZE = 6
+
+Letters = Mapping[str, str] | None
+"""What the sizes of inputs that are no decoder's are called (`by_name`, `by_place`); None where every size of the graph is fixed."""
+
+_NO_LETTERS: Letters = MappingProxyType({})
+
+_DRIVEN = ("input_ids", "attention_mask", "position_ids", "past_key", "past_value")
 
 
 class ObservationError(OctavoError):
@@ -27,6 +40,7 @@ class Probe:
     """One concrete situation: `batch` sequences, `length` new tokens each, over `past` cached ones.
 
     attention_mask [B, P+S] (None: ones) and position_ids [B, S] (None: P … P+S−1 in each row) are cast to the graph's own types.
+    `others` gives sizes that only other inputs have (an encoder's length, an image's height), by name.
     """
 
     batch: int
@@ -34,9 +48,11 @@ class Probe:
     past: int
     attention_mask: NDArray[Any] | None = None
     position_ids: NDArray[Any] | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def letter(self, letter: str) -> int:
-        return {"B": self.batch, "S": self.length, "P": self.past, "T": self.past + self.length}[letter]
+        known = {"B": self.batch, "S": self.length, "P": self.past, "T": self.past + self.length}
+        return known[letter] if letter in known else self.others.get(letter, OTHER_SIZE)
 
     def __str__(self) -> str:
         given = [name for name in ("attention_mask", "position_ids") if getattr(self, name) is not None]
@@ -45,7 +61,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension as `factor` × a product of letters out of B, S, P and T = P + S, sorted; a constant one has no letters."""
+    """A dimension as `factor` × a product of letters out of B, S, P and T = P + S, sorted; a constant one has no letters.
+
+    Sizes that only other inputs have count as letters too, under the names that the graph gives them.
+    """
 
     factor: int
     letters: tuple[str, ...] = ()
@@ -58,16 +77,61 @@ class Dim:
 
 
 def port_of(interface: GraphInterface, value: ir.Value) -> GraphPort:
-    port = next((port for port in interface.inputs if port.name == value.name), None)
-    if port is None or port.role not in ("input_ids", "attention_mask", "position_ids", "past_key", "past_value"):
-        raise ObservationError(f"graph input {value.name} has no role that a decoder's input can have")
-    return port
+    return next(port for port in interface.inputs if port.name == value.name)
 
 
-def input_shape(port: GraphPort, probe: Probe) -> tuple[int, ...]:
+def is_static(interface: GraphInterface) -> bool:
+    """Whether every input has fixed sizes: such a graph runs in one situation only."""
+    return all(port.shape is not None and all(isinstance(size, int) for size in port.shape) for port in interface.inputs)
+
+
+def by_name(interface: GraphInterface) -> dict[str, str]:
+    """What the named sizes of other inputs are: B, S, P or T where an input of a decoder has the same name there, else letters of their own."""
+    letters: dict[str, str] = {}
+    places = {"input_ids": "BS", "position_ids": "BS", "attention_mask": "BT", "past_key": "B P ", "past_value": "B P "}
+    for role, axes in places.items():
+        for port in interface.inputs:
+            for size, letter in zip(port.shape or (), axes) if port.role == role else ():
+                if isinstance(size, str) and letter != " ":
+                    letters.setdefault(size, letter)
+    if interface.input("input_ids") is None:
+        first = next((port.shape[0] for port in interface.inputs if port.shape and not isinstance(port.shape[0], int)), None)
+        if first is not None:
+            letters.setdefault(first, "B")
+    for port in interface.inputs:
+        for axis, size in enumerate(port.shape or ()):
+            if port.role == "other" and not isinstance(size, int):
+                letters.setdefault(symbol(port, axis), symbol(port, axis))
+    return letters
+
+
+def by_place(interface: GraphInterface) -> dict[str, str]:
+    """As above for exporters that name each size anew: the first is the batch, and rows of integers go with the ids."""
+    letters = by_name(interface)
+    for port in interface.inputs:
+        shape = port.shape or ()
+        for axis, letter in enumerate("BS"[: 2 if len(shape) == 2 and port.dtype.startswith("int") else 1]):
+            if port.role == "other" and axis < len(shape) and not isinstance(shape[axis], int):
+                letters[symbol(port, axis)] = letter
+    return letters
+
+
+def symbol(port: GraphPort, axis: int) -> str:
+    """The name of a size that is not fixed, made up where the exporter gives none."""
+    size = None if port.shape is None else port.shape[axis]
+    return size if isinstance(size, str) and size else f"{port.name}.{axis}"
+
+
+def input_shape(port: GraphPort, probe: Probe, letters: Letters = _NO_LETTERS) -> tuple[int, ...]:
+    """The shape in which an input is fed."""
+    shape = port.shape
+    if port.role not in _DRIVEN or letters is None:
+        if shape is None:
+            raise ObservationError(f"graph input {port.name} has no role that a decoder's input can have, and no known shape")
+        named = ((letters or {}).get(symbol(port, axis), symbol(port, axis)) for axis in range(len(shape)))
+        return tuple(size if isinstance(size, int) else probe.letter(letter) for size, letter in zip(shape, named))
     if port.role == "attention_mask":
         return (probe.batch, probe.past + probe.length)
-    shape = port.shape
     if port.role == "input_ids":
         return (probe.batch, probe.length)
     if port.role == "position_ids":  # some graphs have one row of positions for all sequences
@@ -77,14 +141,17 @@ def input_shape(port: GraphPort, probe: Probe) -> tuple[int, ...]:
     return (probe.batch, shape[1], probe.past, shape[3])
 
 
-def feed_of(port: GraphPort, value: ir.Value, probe: Probe) -> NDArray[Any]:
+def feed_of(port: GraphPort, value: ir.Value, probe: Probe, letters: Letters = _NO_LETTERS) -> NDArray[Any]:
+    """What an input is fed at a probe: zeros, but for masks and positions."""
     dtype = value.dtype
     assert dtype is not None, f"graph input {value.name} has no type"
-    shape = input_shape(port, probe)
+    if dtype == ir.DataType.STRING:
+        raise ObservationError(f"graph input {port.name} takes text")
+    shape = input_shape(port, probe, letters)
     if port.role == "attention_mask":
         array = np.ones(shape) if probe.attention_mask is None else np.asarray(probe.attention_mask)
     elif port.role == "position_ids":
-        counted = np.tile(np.arange(probe.past, probe.past + probe.length), (shape[0], 1))
+        counted = np.broadcast_to(np.arange(shape[-1]) + probe.past, shape)
         array = counted if probe.position_ids is None else np.asarray(probe.position_ids)
     else:
         array = np.zeros(shape)

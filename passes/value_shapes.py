@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from math import prod
 from typing import Any
@@ -16,23 +16,30 @@ from numpy.typing import NDArray
 
 from ..models.interface import GraphInterface
 from .extract import cone, constant_proto, constants_of, open_session, piece, run
-from .probe import Dim, ObservationError, Probe, feed_of, first_line, input_shape, port_of
+from .probe import Dim, Letters, ObservationError, Probe, by_name, by_place, feed_of, first_line, input_shape, is_static, port_of
 from .value_kinds import Kinds, extent, is_stood_for
 
 # Sizes that no two products of up to three letters fit alike (tests/passes/test_observe.py counts).
 PROBES = (Probe(2, 3, 5), Probe(3, 5, 2), Probe(5, 2, 11))
+
+# Sizes that only other inputs have, three to a name: primes that no product of the above holds.
+_PRIMES = (17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89)
 
 _SEQUENCES = {"SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase", "SequenceMap", "Optional"}
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the probes taught. `letters` are what formulas may use; `unbatched` says why B is none of them (empty: it is one)."""
+    """What the probes taught. `letters` are what formulas may use; `unbatched` says why B is none of them (empty: it is one).
+
+    `named` is how the sizes of inputs are read (None: every one is fixed).
+    """
 
     dims: dict[ir.Value, tuple[Dim, ...] | None]
     probes: tuple[Probe, ...]
     letters: tuple[str, ...]
     unbatched: str
+    named: Letters
 
 
 def learn_shapes(model: ir.Model, interface: GraphInterface, kinds: Kinds) -> Shapes:
@@ -53,32 +60,59 @@ def learn_shapes(model: ir.Model, interface: GraphInterface, kinds: Kinds) -> Sh
         session = open_session(proto)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise ObservationError(f"onnxruntime can't open the graph: {first_line(error)}") from error
-    probes, found, unbatched = _run_probes(session, interface, inputs, _zeros(zeros))
+    probes, found, unbatched, named = _run_probes(session, interface, inputs, _zeros(zeros))
     cached = any(port.role == "past_key" for port in interface.inputs)
-    letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()))
+    letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()), *_others(named)) if named is not None else ()
     shapes: dict[ir.Value, tuple[Dim, ...] | None] = {}
     for value, kind in kinds.kind.items():
         known = extent(value) if kind == "constant" else None
         shapes[value] = None if known is None else tuple(Dim(size) for size in known[1])
     for value in inputs:
-        observed = [list(input_shape(port_of(interface, value), probe)) for probe in probes]
+        observed = [list(input_shape(port_of(interface, value), probe, named)) for probe in probes]
         shapes[value] = fit_dims(observed, probes, letters)
     for index, value in enumerate(asked):
         shapes[value] = None if value in kinds.loose else fit_dims([shape[index].tolist() for shape in found], probes, letters)
-    return Shapes(shapes, probes, letters, unbatched)
+    return Shapes(shapes, probes, letters, unbatched, named)
 
 
 def _run_probes(
     session: ort.InferenceSession, interface: GraphInterface, inputs: Sequence[ir.Value], constants: Mapping[str, ort.OrtValue],
-) -> tuple[tuple[Probe, ...], list[list[NDArray[Any]]], str]:
-    """Shapes at every probe: with several sequences if the graph can, else with one, and then why (a batch of 1 is often baked in)."""
+) -> tuple[tuple[Probe, ...], list[list[NDArray[Any]]], str, Letters]:
+    """Shapes at every probe: with several sequences if the graph can, else with one, and then why (a batch of 1 is often baked in).
+
+    Sizes of inputs that are no decoder's go by their names, and by their places where the graph doesn't run so.
+    """
+    if is_static(interface):
+        only = Probe(1, 1, 0)
+        return (only,), [_run_probe(session, interface, inputs, constants, only, None)], "every size is fixed", None
     cached = any(port.role == "past_key" for port in interface.inputs)
-    several = tuple(probe if cached else Probe(probe.batch, probe.length, 0) for probe in PROBES)
-    try:
-        return several, [_run_probe(session, interface, inputs, constants, probe) for probe in several], ""
-    except ObservationError as error:
-        single = tuple(Probe(1, probe.length, probe.past) for probe in several)
-        return single, [_run_probe(session, interface, inputs, constants, probe) for probe in single], error.message
+    first: ObservationError | None = None
+    readings: list[dict[str, str]] = []
+    for named in (by_name(interface), by_place(interface)):
+        if named not in readings:
+            readings.append(named)
+    for named in readings:
+        others = _others(named)
+        several = tuple(
+            Probe(p.batch, p.length, p.past if cached else 0, others={name: _PRIMES[(3 * i + n) % len(_PRIMES)] for i, name in enumerate(others)})
+            for n, p in enumerate(PROBES)
+        )
+        try:
+            return several, [_run_probe(session, interface, inputs, constants, probe, named) for probe in several], "", named
+        except ObservationError as error:
+            failed = error
+        try:
+            single = tuple(replace(probe, batch=1) for probe in several)
+            return single, [_run_probe(session, interface, inputs, constants, probe, named) for probe in single], failed.message, named
+        except ObservationError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _others(named: Letters) -> tuple[str, ...]:
+    """Sizes that only other inputs have."""
+    return tuple(dict.fromkeys(letter for letter in (named or {}).values() if letter not in ("B", "S", "P", "T")))
 
 
 def _run_probe(
@@ -87,8 +121,9 @@ def _run_probe(
     inputs: Sequence[ir.Value],
     constants: Mapping[str, ort.OrtValue],
     probe: Probe,
+    named: Letters,
 ) -> list[NDArray[Any]]:
-    feeds = {str(value.name): feed_of(port_of(interface, value), value, probe) for value in inputs}
+    feeds = {str(value.name): feed_of(port_of(interface, value), value, probe, named) for value in inputs}
     try:
         return run(session, {**constants, **feeds})
     except Exception as error:

@@ -153,13 +153,43 @@ def test_a_length_that_is_baked_in() -> None:
     assert caught.value.probe is not None and caught.value.probe.length == 5 and caught.value.hint
 
 
-def test_an_input_of_unknown_role() -> None:
+def test_an_input_of_unknown_role_is_fed_by_its_shape() -> None:
     text = PLAIN.replace("int64[%s] input_ids)", "int64[%s] input_ids, float[8] extra)")
     text = text.replace("Gather(table, input_ids)", "Add(gathered, extra)")
     text = text.replace("    embedded", "    gathered = Gather(table, input_ids)\n    embedded")
     model = ir.from_onnx_text(text % ("b,s", ZEROS, "0, 0, 8"))
-    with pytest.raises(ObservationError, match="graph input extra has no role"):
-        observe(model, graph_interface(model))
+    observation = observe(model, graph_interface(model))
+    assert observation.dims(model.graph.outputs[0]) == (Dim(1, ("B",)), Dim(1, ("S",)), Dim(8))
+    assert observation.kind(value(observation, "extra")) == "data"
+
+
+CROSS = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (int64[b,s] input_ids, float[b,frames,4] encoder_hidden_states, int64[%s] token_type_ids) => (float[b,s,f] out) <float[4,4] table = {%s}>
+{
+    words = Gather(table, input_ids)
+    types = Gather(table, token_type_ids)
+    h = Add(words, types)
+    turned = Transpose<perm = [0, 2, 1]>(encoder_hidden_states)
+    out = MatMul(h, turned)
+}
+"""
+
+
+@pytest.mark.parametrize("types", ["b,s", "rows,tokens"], ids=["by_name", "by_place"])
+def test_sizes_of_other_inputs_are_letters_of_their_own(types: str) -> None:
+    """An encoder's length is no length of ours; a size that an exporter names anew is found to be ours where the graph runs no other way."""
+    model = ir.from_onnx_text(CROSS % (types, ", ".join(["0"] * 16)))
+    observation = observe(model, graph_interface(model))
+    assert observation.batched and not observation.static
+    assert observation.dims(model.graph.outputs[0]) == (Dim(1, ("B",)), Dim(1, ("S",)), Dim(1, ("frames",)))
+
+
+def test_a_graph_of_fixed_sizes_runs_in_its_one_situation() -> None:
+    model = ir.from_onnx_text(PLAIN % ("2,3", ZEROS, "0, 0, 8"))
+    observation = observe(model, graph_interface(model))
+    assert observation.static and not observation.batched
+    assert observation.dims(model.graph.outputs[0]) == (Dim(2), Dim(3), Dim(8))
 
 
 def test_weights_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
