@@ -46,7 +46,12 @@ def guess_interface(inputs: Iterable[Triple], outputs: Iterable[Triple]) -> Grap
 
 def _port(triple: Triple) -> GraphPort:
     name, dtype, shape = triple
-    return GraphPort(name, dtype_name(dtype), None if shape is None else tuple(shape), "other")
+    return GraphPort(name, dtype_name(dtype), None if shape is None else tuple(_size(size) for size in shape), "other")
+
+
+def _size(size: int | str | None) -> int | str | None:
+    """A fixed size that an exporter wrote as a name: "16"."""
+    return int(size) if isinstance(size, str) and size.isdecimal() else size
 
 
 def _rank(port: GraphPort) -> int | None:

@@ -95,11 +95,14 @@ class Builder:
         joined = parts[0] if len(parts) == 1 else self.op("Concat", parts, {"axis": 0})[0]
         return self.op("Squeeze", [joined, self.integers([0])])[0] if scalar else joined
 
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """One dimension of `value`, int64 [1]. Not by Shape's own bounds, which opset 14 does not have."""
+        return self.op("Gather", [self.op("Shape", [value])[0], self.integers([axis])])[0]
+
     def _size(self, ids: ir.Value, dim: Dim) -> ir.Value:
         factors = [self.integers([dim.factor])] if dim.factor != 1 or not dim.letters else []
         for letter in dim.letters:
-            axis = "BS".index(letter)
-            factors.append(self.op("Shape", [ids], {"start": axis, "end": axis + 1})[0])
+            factors.append(self.size(ids, "BS".index(letter)))
         product = factors[0]
         for factor in factors[1:]:
             product = self.op("Mul", [product, factor])[0]

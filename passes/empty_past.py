@@ -55,7 +55,7 @@ class EmptyPast(ir.passes.InPlacePass):
         """Zeros of the past's type with no positions: its dims are the batch's and fixed ones, and 0 where the past's length stands."""
         dims = self._observation.dims(past)
         assert dims is not None and past.dtype is not None, "a past was probed, so its sizes are known"
-        batch = build.op("Shape", [ids], {"start": 0, "end": 1})[0]
+        batch = build.size(ids, 0)
         parts = [batch if dim == Dim(1, ("B",)) else build.integers([0 if "P" in dim.letters else dim.factor]) for dim in dims]
         shape = build.op("Concat", parts, {"axis": 0})[0]
         zero = build.op("ConstantOfShape", [shape])[0]

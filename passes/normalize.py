@@ -57,6 +57,7 @@ class Normalize(ir.passes.InPlacePass):
             _TYPES,
         ):
             modified |= step(model).modified
+        modified |= _infer_more_types(model)
         modified |= _plain_casts(model)
         folded, note = _fold_small(model)
         modified |= common.RemoveUnusedNodesPass()(model).modified
@@ -79,6 +80,33 @@ def _defaults(model: ir.Model) -> str:
     """Before IR version 4 all initializers are inputs; later, those that are can be overridden, and we don't keep that."""
     names = [str(value.name) for value in model.graph.inputs if value.name in model.graph.initializers]
     return f"inputs with a default are constants now: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else ""
+
+
+_OWN_TYPES = {
+    **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64),
+    **dict.fromkeys(("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"), ir.DataType.BOOL),
+}
+# Which input has the type of the outputs, where it isn't the first.
+_TYPED_BY = {"Where": 1, "MatMulIntegerToFloat": 2, "DequantizeLinear": 1}
+
+
+def _infer_more_types(model: ir.Model) -> bool:
+    """Types behind operators that ONNX's inference doesn't know (other domains): it stops there, and everything that follows has none."""
+    changed = False
+    for node in model.graph:
+        missing = [value for value in node.outputs if value.type is None]
+        place = _TYPED_BY.get(node.op_type, 0)
+        if not missing or place >= len(node.inputs):
+            continue
+        operand = node.inputs[place]
+        dtype = _OWN_TYPES.get(node.op_type, operand.dtype if operand is not None else None)
+        if is_standard(node, "Cast"):
+            dtype = ir.DataType(node.attributes.get_int("to"))
+        if dtype is None or (operand is not None and operand.type is not None and not isinstance(operand.type, ir.TensorType)):
+            continue
+        for value in missing:
+            value.type, changed = ir.TensorType(dtype), True
+    return changed
 
 
 def _plain_casts(model: ir.Model) -> bool:

@@ -85,23 +85,42 @@ class Graph:
     def __init__(self, graph: ir.Graph, is_data: Callable[[ir.Value], bool]) -> None:
         self.order = {node: index for index, node in enumerate(graph)}
         self.is_data = is_data
+        self._given: dict[ir.Value, bool] = {}
 
     def walk(self, target: ir.Value, ops: Collection[str]) -> Iterator[tuple[tuple[ir.Value, ...], Chain]]:
         """Chains from ever earlier leaves to `target`, nearest first, the empty chain before all.
 
         Each is given with its *open* leaves: those computed in the graph. The others are graph inputs (a past). At every step the
-        latest open leaf that `ops` allow is replaced by the data values it is computed from.
+        latest open leaf that `ops` allow is replaced by the data values it is computed from; what only moves a graph input (a past that
+        passes through a Concat of one) counts as that input.
         """
         leaves, nodes = {target}, list[ir.Node]()
         while True:
+            for value in [v for v in leaves if v.producer() is not None and self._is_given(v)]:
+                self._open(value.producer(), leaves, nodes)
             computed = sorted((v for v in leaves if v.producer() is not None), key=lambda v: self.order.get(v.producer(), -1))
             yield tuple(computed), self._chain(target, leaves, nodes)
             node = next((v.producer() for v in reversed(computed) if passable(v.producer(), ops, self.is_data)), None)
             if node is None:
                 return
-            nodes.append(node)
-            leaves -= set(node.outputs)
-            leaves |= {value for value in node.inputs if value is not None and self.is_data(value)}
+            self._open(node, leaves, nodes)
+
+    def _open(self, node: ir.Node | None, leaves: set[ir.Value], nodes: list[ir.Node]) -> None:
+        """Replaces what `node` computes by what it is computed from."""
+        assert node is not None
+        leaves -= set(node.outputs)
+        if node in nodes:
+            return
+        nodes.append(node)
+        leaves |= {value for value in node.inputs if value is not None and self.is_data(value)}
+
+    def _is_given(self, value: ir.Value) -> bool:
+        """Whether `value` is a graph input, or a movement of graph inputs alone."""
+        if value not in self._given:
+            node = value.producer()
+            data = [] if node is None else [v for v in node.inputs if v is not None and self.is_data(v)]
+            self._given[value] = node is None or (len(data) == 1 and passable(node, MOVES, self.is_data) and self._is_given(data[0]))
+        return self._given[value]
 
     def _chain(self, target: ir.Value, leaves: set[ir.Value], nodes: list[ir.Node]) -> Chain:
         ordered = tuple(sorted(nodes, key=self.order.__getitem__))

@@ -155,8 +155,8 @@ class LowerContiguous(ir.passes.InPlacePass):
 
     def _lengths(self, build: Builder) -> tuple[ir.Value, ir.Value]:
         """seqlens_k [1] (the last key's index) and total_sequence_length, int32, out of the first past's and the ids' shapes."""
-        past = build.op("Shape", [self._plan.layers[0].past_key], {"start": 2, "end": 3})[0]
-        new = build.op("Shape", [self._plan.ids], {"start": 1, "end": 2})[0]
+        past = build.size(self._plan.layers[0].past_key, 2)
+        new = build.size(self._plan.ids, 1)
         total = build.op("Add", [past, new])[0]
         last = build.op("Cast", [build.op("Sub", [total, build.integers([1])])[0]], {"to": int(ir.DataType.INT32)})[0]
         scalar = build.op("Squeeze", [build.op("Cast", [total], {"to": int(ir.DataType.INT32)})[0], build.integers([0])])[0]
