@@ -21,7 +21,7 @@ from ..models.spec import CacheName
 from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
 from ..passes.attention.lower_flash import LowerFlash, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
-from ..passes.attention.match import match_attention
+from ..passes.attention.match import match_attention, refusals_of, sites_of
 from ..passes.attention.site import AttentionSite
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
@@ -114,8 +114,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     ledger.enter(Outcome("observe", nodes_before=nodes, nodes_after=nodes, seconds=perf_counter() - start))
     start = perf_counter()
     found = match_attention(model, observation, max_context=max_context)
-    sites = tuple(site for site in found if isinstance(site, AttentionSite))
-    refusals = tuple(refusal for refusal in found if isinstance(refusal, Refusal))
+    sites, refusals = sites_of(found), refusals_of(found)
     seconds = perf_counter() - start
     ledger.enter(Outcome("match_attention", "sites", len(found), 0, refusals, nodes_before=nodes, nodes_after=nodes, seconds=seconds))
     _assert_masking(sites, options)
@@ -185,6 +184,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
 
 
 def _baseline(model: ir.Model) -> Rewritten:
+    """Whether its weights are quantized is not known, so the wider limits of `check` hold."""
     return Rewritten(model, "baseline", graph_interface(model), None, quantized=True)
 
 
