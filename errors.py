@@ -58,7 +58,7 @@ class CapacityError(OctavoError):
 
 
 class UnsupportedError(OctavoError):
-    """This kind of model has no such operation (text out of a graph without logits, embeddings out of one without hidden states)."""
+    """This kind of model has no such operation (text out of a graph without logits)."""
 
 
 class LibraryError(OctavoError):
