@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import LibraryError, ModelError, OptionError
 from ..models.artifact import GRAPH, WEIGHTS, Artifact, Manifest
+from ..models.context import configured_context
 from ..models.external_data import check_external_paths, model_file, source_sha256
 from ..models.interface import GraphInterface
 from ..models.spec import Kind
@@ -21,9 +22,6 @@ from .ort_session import open_session, session_interface
 from .paged import PagedExecutor
 from .sampling import SamplingParams
 from .text import Tokenizer, read_json
-
-# The names under which model families give the length of their position table.
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
 def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None, source: str | os.PathLike[str] | None = None) -> Model:
@@ -145,13 +143,12 @@ def _model(
 
 def _context_bound(folder: Path, log: DecisionLog) -> int | None:
     """The longest sequence by the config.json beside a graph; None, recorded, where it says nothing."""
-    config = read_json(folder / "config.json")
-    found = [config[key] for key in _CONTEXT_KEYS if type(config.get(key)) is int and config[key] > 0]
-    if not found:
+    found = configured_context(folder)
+    if found is None:
         log.load("max_context", "unknown", "no config.json beside the graph tells it; generate needs max_tokens")
         return None
-    log.load("max_context", str(found[0]), "config.json beside the graph", where="config.json")
-    return int(found[0])
+    log.load("max_context", str(found), "config.json beside the graph", where="config.json")
+    return found
 
 
 def _record_threads(log: DecisionLog, options: RuntimeOptions) -> None:

@@ -10,9 +10,6 @@ import numpy as np
 from ..errors import RequestError, UnsupportedError
 from .text import Tokenizer
 
-Prompt = Any
-"""Text, a list of messages ({"role": …, "content": …}), a list or 1-D array of token ids."""
-
 _FORMS = "a prompt is text, a list of chat messages, or a list or 1-D NumPy array of token ids"
 
 

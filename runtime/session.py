@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CapacityError, OptionError, RequestError
 from ..models.runner import Ids, Rows
+from .executor import Logits
 from .plan import SequenceState
 from .prompt import check_ids
 from .request import AppendRequest
@@ -26,8 +26,6 @@ from .stream import PieceStream
 if TYPE_CHECKING:
     from .engine import Engine
     from .model import Model
-
-Logits = NDArray[np.float32]
 
 
 class Session:
