@@ -26,10 +26,11 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ..errors import OptionError, UnsupportedError
 from ..models.artifact import Artifact
-from ..models.onnx_reader import read_onnx, source_sha256
+from ..models.external_data import source_sha256
+from ..models.onnx_reader import read_onnx
 from ..models.runner import Runner
 from ..passes.normalize import FoldDequantize
-from .check_cases import CASES, LONG, Case, Tokens, tokens_for
+from .check_cases import CASES, LONG, Case, Rows, Tokens, tokens_for
 from .check_inputs import seeded_inputs
 from .thresholds import Limits, quality, tight
 
@@ -37,7 +38,6 @@ Load = Callable[[Path, bool], Runner]
 """(path of an artifact or an `.onnx`, onnxruntime's graph optimizations on) -> Runner. The facade hands in `octavo.load`."""
 
 Comparison = Literal["reference", "original"]
-Rows = NDArray[np.float32]
 _Case = tuple[str, Callable[[Runner], Rows]]
 
 

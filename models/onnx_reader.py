@@ -16,11 +16,9 @@ import onnx_ir as ir
 from onnx_ir.serde import TensorProtoTensor
 
 from ..errors import ModelError, UnsafePathError
-from .external_data import ExternalEntry, check_entry, check_external_paths, model_file, source_sha256
+from .external_data import ExternalEntry, check_entry, check_external_paths, model_file
 from .interface import GraphInterface
 from .roles import Triple, guess_interface
-
-__all__ = ["MAX_OPSET", "Source", "graph_interface", "read_onnx", "source_sha256"]
 
 # The newest ai.onnx opset whose meaning Octavo's rules know.
 MAX_OPSET = 25
