@@ -100,10 +100,6 @@ def test_readme_names_the_two_make_targets_and_nothing_else_of_make():
 # Tables name all that there is, and nothing else.
 
 
-def _code_words(page: str) -> set[str]:
-    return set(re.findall(r"`([^`]+)`", (ROOT / "docs" / page).read_text()))
-
-
 def _first_cells(page: str, heading: str) -> set[str]:
     """The names in the first column of the tables under a heading."""
     text = (ROOT / "docs" / page).read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
