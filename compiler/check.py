@@ -154,6 +154,8 @@ def _cases(artifact: Artifact, runner: Runner, text: str | None, seed: int, note
         stated = [int(decision.value) for decision in manifest.decisions if decision.feature == "max_context" and decision.value.isdigit()]
         max_context = min(stated, default=LONG)
     tokens = tokens_for(artifact.folder, vocab_size, max_context, text=text, seed=seed)
+    if len(tokens.long) < max_context:
+        notes.append(f"The longest case has {len(tokens.long)} tokens: what differs only at later positions, up to {max_context:,}, is not seen.")
     return tuple((case.name, partial(_logits, case, tokens)) for case in CASES)
 
 
