@@ -121,13 +121,17 @@ class ContiguousExecutor:
         return int(logits.shape[-1])
 
 
+_FLOATS = ("float32", "float16", "float64")
 _FED = ("input_ids", "position_ids", "attention_mask", "past_key", "past_value")
 
 
 def why_not_a_decoder(interface: GraphInterface) -> str:
     """What keeps a graph from being driven as a decoder, or ""."""
-    if interface.output("logits") is None:
+    logits = interface.output("logits")
+    if logits is None:
         return "it has no logits"
+    if logits.dtype not in _FLOATS:
+        return f"its logits have the type {logits.dtype}, which NumPy lacks"
     if interface.input("input_ids") is None:
         return "none of its inputs is known to be the token ids"
     unknown = [port.name for port in interface.inputs if port.role not in _FED]
@@ -136,7 +140,7 @@ def why_not_a_decoder(interface: GraphInterface) -> str:
     for port in interface.inputs:
         if port.role in ("past_key", "past_value"):
             shape = port.shape or ()
-            if port.dtype not in ("float32", "float16", "float64"):
+            if port.dtype not in _FLOATS:
                 return f"its past {port.name!r} has the type {port.dtype}, which NumPy lacks"
             if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
                 return f"its past {port.name!r} has the shape {shape}, not (batch, heads, past, head size) with both sizes fixed"

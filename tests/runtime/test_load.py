@@ -319,6 +319,18 @@ def test_a_graph_without_logits_runs_and_does_not_generate(tmp_path):
         assert model.stats()["model_bytes"] > 0
 
 
+def test_logits_of_a_type_that_numpy_lacks_are_named_at_load(tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "input_ids"], ["wide"]), helper.make_node("Cast", ["wide"], ["logits"], to=TensorProto.BFLOAT16)],
+        "decoder", [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"])],
+        [helper.make_tensor_value_info("logits", TensorProto.BFLOAT16, ["B", "S", 4])],
+        [onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "table")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    with octavo.load(tmp_path / "m.onnx") as model, pytest.raises(UnsupportedError, match="bfloat16, which NumPy lacks"):
+        model.predict([1])
+
+
 def test_a_closed_model(source):
     model = octavo.load(source)
     sequence = model.begin_session().new_sequence()
