@@ -14,7 +14,7 @@ from ..normalize import is_standard
 from ..outcome import Refusal
 from .gates import find_gates
 from .names import named
-from .norms import find_norms
+from .norms import find_norms, is_constant
 from .shapes import Shape, infer_shapes
 from .site import EmbeddingSite, GateSite, LinearSite, Norm, Residual
 
@@ -99,6 +99,8 @@ def _dense(node: ir.Node, shapes: Mapping[ir.Value, Shape]) -> LinearSite | Refu
         constant = matrix.const_value
         if constant is not None and len(constant.shape) > 2:
             return Refusal("a weight for each of a batch", str(node.name), f"{matrix.name} is {constant.dtype.name}{list(constant.shape)}")
+        if constant is None and x.producer() is not None and is_constant(matrix):
+            return Refusal("its weight is computed in the graph", str(node.name), f"{matrix.name}: expected an initializer, or one transposed")
         left = _matrix(x)[0]
         return None if left is None or node.op_type != "MatMul" else Refusal("its weight is on the left", str(node.name), str(left.name))
     if x.const_value is not None:

@@ -57,19 +57,6 @@ def scheme_of(weight: QuantizedWeight) -> Scheme:
     return Scheme(weight.bits, weight.group_size, weight.zero_point)
 
 
-def regrouped(weight: QuantizedWeight, size: GroupSize) -> QuantizedWeight:
-    """The same values in smaller groups. `size` divides the group size, which may here be any."""
-    assert weight.group_size % size == 0, f"groups of {weight.group_size} are not made of groups of {size}"
-    times = weight.group_size // size
-
-    def repeated(part: NDArray[Any] | None) -> NDArray[Any] | None:
-        return None if part is None else np.repeat(part, times, axis=1)
-
-    scales, zero_points, minimums = (repeated(part) for part in (weight.scales, weight.zero_points, weight.minimums))
-    assert scales is not None
-    return replace(weight, group_size=size, scales=scales, zero_points=zero_points, minimums=minimums)
-
-
 def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """The rows of several matrices of one scheme, one after the other. Scales become float32 if one's are."""
     assert len({(scheme_of(part), part.q.shape[1]) for part in parts}) == 1, "rows of different schemes"

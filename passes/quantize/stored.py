@@ -4,13 +4,13 @@
     Reshape(Add(Reshape(DequantizeLinear), minimum))                      as the GGUF import spells Q4_1
     com.microsoft::MatMulNBits(x, B, scales, zero points)                 2, 4 or 8 bits; groups of 16 are too small for the op
 
-each also as a Cast of that to float32. `find_stored` looks before constants are folded and keys what it finds by the name that the folded
+`find_stored` looks before constants are folded and keys what it finds by the name that the folded
 value keeps. It reads the structure only; whether the numbers mean what the graph means is asked of the graph's own floats (`same_values`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -18,8 +18,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...custom_ops.packing import QuantizedWeight
+from ..normalize import is_standard
 from ..outcome import Refusal
-from .groups import Bits, GroupSize
+from .groups import Bits, GroupSize, scheme_of
 
 Integers = NDArray[np.int16]
 _WIDTHS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8}
@@ -122,23 +123,17 @@ def find_stored(model: ir.Model) -> dict[str, Stored]:
     """The quantized matrices behind the values of a normalized graph, by the value's name."""
     found: dict[str, Stored] = {}
     for node in model.graph:
-        for value in node.outputs:
-            stored = _read(value) if node.op_type in ("DequantizeLinear", "Reshape", "Cast") else None
-            if stored is not None:
-                found[stored.name] = stored
+        stored = _read(node.outputs[0]) if is_standard(node, "DequantizeLinear", "Reshape") else None
+        if stored is not None:
+            found[stored.name] = stored
     return found
 
 
 def _read(value: ir.Value) -> Stored | None:
     node = value.producer()
-    if _is(node, "Cast") and node.attributes.get_int("to") == ir.DataType.FLOAT and (inner := _operand(node, 0)) is not None:
-        stored = _read(inner)
-        return None if stored is None else _named(stored, value)
-    if _is(node, "DequantizeLinear"):
-        return _dequantized(node, value)
-    if _is(node, "Reshape"):
-        return _shifted(node, value)
-    return None
+    if node is None or not is_standard(node, "DequantizeLinear", "Reshape"):
+        return None
+    return _dequantized(node, value) if node.op_type == "DequantizeLinear" else _shifted(node, value)
 
 
 def _dequantized(node: ir.Node, value: ir.Value) -> Stored | None:
@@ -188,16 +183,28 @@ def read_nbits(node: ir.Node) -> QuantizedWeight | Refusal:
         return Refusal(f"{bits} bits", name, "2, 4 and 8 are known")
     blocks = -(-K // block)
     q = _unpacked(packed.numpy().reshape(N, blocks * block * bits // 8), bits)[:, :K].astype(np.int16)
-    zero = np.full((N, blocks), 1 << (bits - 1), np.int16)
-    if zeros is not None and zeros.dtype == ir.DataType.UINT8:
-        zero = _unpacked(zeros.numpy().reshape(N, -1), bits)[:, :blocks].astype(np.int16)
-    elif zeros is not None:
-        floats = zeros.numpy().reshape(N, blocks).astype(np.float32)
-        zero = floats.astype(np.int16)
-        if not ((zero == floats) & (floats >= 0) & (floats < 1 << (8 if bits == 8 else 4))).all():
-            return Refusal("its zero points are no levels", name)
     scale = scales.numpy().reshape(N, blocks).astype(np.float32)
-    return matrix(q, scale, zero, None, bits, block, False, name)
+    if zeros is None or zeros.dtype == ir.DataType.UINT8:
+        zero = np.full((N, blocks), 1 << (bits - 1), np.int16)
+        if zeros is not None:
+            zero = _unpacked(zeros.numpy().reshape(N, -1), bits)[:, :blocks].astype(np.int16)
+        return matrix(q, scale, zero, None, bits, block, False, name)
+    return _float_zeros(q, scale, zeros.numpy().reshape(N, blocks).astype(np.float32), bits, block, name)
+
+
+def _float_zeros(q: Integers, scale: NDArray[np.float32], zero: NDArray[np.float32], bits: int, block: int, name: str) -> QuantizedWeight | Refusal:
+    """Zero points that are floats, onnxruntime's arithmetic being scale·q − scale·zero with each product and the difference rounded."""
+    minimum = -(scale * zero)
+    levels = zero.astype(np.int16)
+    if ((levels == zero) & (levels >= 0) & (levels < 1 << bits)).all():
+        found = matrix(q, scale, levels, None, bits, block, False, name)
+    else:
+        found = matrix(q, scale, np.zeros_like(levels), minimum, bits, block, False, name)
+    if isinstance(found, Refusal):
+        return found
+    columns = np.arange(q.shape[1]) // block
+    floats = q.astype(np.float32) * scale[:, columns] + minimum[:, columns]
+    return found if same_values(found, floats) else Refusal("float zero points, and onnxruntime's arithmetic rounds otherwise", name, str(scheme_of(found)))
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -208,12 +215,8 @@ def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return (packed[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
 
 
-def _named(stored: Stored, value: ir.Value) -> Stored:
-    return replace(stored, name=str(value.name))
-
-
 def _is(node: ir.Node | None, *op_types: str) -> bool:
-    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in op_types
+    return node is not None and is_standard(node, *op_types)
 
 
 def _operand(node: ir.Node | None, place: int) -> ir.Value | None:
