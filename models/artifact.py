@@ -171,12 +171,12 @@ class ArtifactWriter:
             writer.copy_tokenizer(folder)   # of the source
             artifact = writer.finish(manifest)
 
-    Leaving the block without `finish` removes what was written. An existing target is replaced when it is an artifact or an empty folder,
-    and refused (ArtifactError) when it is anything else.
+    Leaving the block without `finish` removes what was written. An existing target is replaced when it is an artifact (nothing else lies in
+    it: what we did not write is never deleted) or an empty folder, and refused (ArtifactError) when it is anything else.
     """
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
-        self._staged = StagedFolder(target, replaceable=lambda folder: (folder / MANIFEST).is_file(), error=ArtifactError)
+        self._staged = StagedFolder(target, replaceable=_is_artifact, error=ArtifactError)
 
     @property
     def folder(self) -> Path:
@@ -210,6 +210,12 @@ class ArtifactWriter:
         write_manifest(replace(manifest, files=files), self.folder / MANIFEST)
         Artifact.open(self.folder)  # what can't be loaded is never put in place
         return Artifact.open(self._staged.commit())
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Holds nothing but what a compile writes."""
+    ours = (MANIFEST, GRAPH, WEIGHTS, REPORT, *TOKENIZER_FILES)
+    return (folder / MANIFEST).is_file() and all(file.name in ours for file in folder.iterdir())
 
 
 def _wrong_spec(manifest: Manifest) -> str:

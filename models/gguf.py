@@ -67,13 +67,9 @@ def _save(model: ir.Model, folder: Path, progress: Progress | None) -> None:
         if progress is not None:
             progress(tensor.name or "", written, info.total)
 
-    try:
-        ir.save(
-            model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=_EXTERNAL_FROM,
-            alignment=_PAGE, align_threshold=0, callback=tell,
-        )
-    except OSError as error:
-        raise ModelError(f"{folder.name} can't be written: {error.strerror}", hint="free some space, or choose another folder") from error
+    ir.save(
+        model, folder / GRAPH, external_data=WEIGHTS, size_threshold_bytes=_EXTERNAL_FROM, alignment=_PAGE, align_threshold=0, callback=tell,
+    )
 
 
 def _special_ids(file: GgufFile) -> dict[str, int]:

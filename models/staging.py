@@ -19,8 +19,9 @@ class StagedFolder:
             ...                     # write into staged.folder
             staged.commit()
 
-    Leaving the block without `commit` removes what was written. A target that exists must be a folder (no link) that is empty or for which
-    `replaceable(target)` holds; another is refused with `error` before anything is written.
+    Leaving the block without `commit` removes what was written; an OSError that leaves it (a full disk) becomes `error`. A target that
+    exists must be a folder (no link) that is empty or for which `replaceable(target)` holds; another is refused with `error` before
+    anything is written.
     """
 
     def __init__(self, target: str | os.PathLike[str], replaceable: Callable[[Path], bool], error: type[OctavoError]) -> None:
@@ -52,6 +53,9 @@ class StagedFolder:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if isinstance(error, OSError) and not isinstance(error, OctavoError):
+            hint = "free some space, or choose another output folder"
+            raise self._error(f"writing {self.target} failed: {error}", hint=hint) from error
 
     def commit(self) -> Path:
         """Puts the folder in the target's place and returns the target. An old one is moved aside first and removed after."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,6 +196,21 @@ def test_an_interrupted_write_leaves_the_old_artifact(tmp_path: Path) -> None:
     write(tmp_path / "out", graph=graph_bytes(None))
     assert (tmp_path / "out" / GRAPH).read_bytes() != before[GRAPH]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_artifact_with_files_of_others_in_it_is_not_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out" / "my model.onnx").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="other files"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "my model.onnx").read_bytes() == b"mine"
+
+
+def test_a_full_disk_is_an_artifact_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="No space left") as caught, ArtifactWriter(tmp_path / "out") as writer:
+        (writer.folder / GRAPH).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.hint and not list(tmp_path.iterdir())
 
 
 def test_tokenizer_files_are_copied_as_files(tmp_path: Path) -> None:
