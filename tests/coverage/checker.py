@@ -44,7 +44,7 @@ def check(family: str, folder: str) -> dict[str, Any]:
     except Exception as error:
         if answer.get("kind") not in ("paged", None) and isinstance(error, UnsupportedError):
             return {**answer, "status": "undriven"}
-        return {**answer, "status": "error", "error": f"{type(error).__name__}: {error}"[:400], "trace": traceback.format_exc()[-2500:]}
+        return {**answer, "status": "error", "error": f"{type(error).__name__}: {error}"[:900], "trace": traceback.format_exc()[-2500:]}
     shutil.rmtree(artifact, ignore_errors=True)
     worst = max(distances.values())
     return {**answer, "status": "right" if worst <= GOOD else "wrong", "distance": worst, "distances": distances}

@@ -59,8 +59,8 @@ def _torch(subject: Subject, out: Path, **variant: Any) -> None:
         subject.decoder = TorchDecoder(subject.model, partial(_side_files, subject))
         # What transformers chose for the family: some have plain products only.
         subject.attention = subject.model.config._attn_implementation
-        if variant["exporter"] == "dynamo" and subject.model._can_set_experts_implementation():
-            # The default is a grouped product that no ONNX exporter knows.
+        if subject.model._can_set_experts_implementation():
+            # The default is a grouped product that neither exporter knows.
             subject.model.set_experts_implementation("batched_mm")
     if variant.get("with_past", True) and not _has_cache(subject):
         raise NotImplementedError("the model has no cache of keys and values")

@@ -100,7 +100,7 @@ def _families() -> Iterable[Family]:
                  max_position_embeddings=4224, layer_types=["sliding_attention", "full_attention"], lengths=_LONG)
     yield family("gemma3", "gemma3_text", _MIXED, "two rotary bases, window of 8, norms on q and k", query_pre_attn_scalar=24,
                  rope_theta=1000000.0, rope_local_base_freq=10000.0)
-    yield family("phi", "phi", _BASE, "parallel block, partial rotary, biases", partial_rotary_factor=0.5, num_key_value_heads=4)
+    yield family("phi", "phi", _BASE, "parallel block, partial rotary, biases", partial_rotary_factor=0.5, num_key_value_heads=4, hidden_size=128)
     yield family("phi3", "phi3", _BASE, "fused qkv and gate/up, window of 8", sliding_window=8, original_max_position_embeddings=64)
     yield family("phi3-longrope", "phi3", _BASE, "longrope: two tables, chosen by length", expected="rotary that depends on data",
                  lengths=(37, 30, 25), original_max_position_embeddings=16,
@@ -173,7 +173,7 @@ def _families() -> Iterable[Family]:
     yield family("glm", "glm", _HEAD, "interleaved partial rotary, fused gate", partial_rotary_factor=0.5, attention_bias=True)
     yield family("glm4", "glm4", _HEAD, "interleaved partial rotary, norms around", partial_rotary_factor=0.5, attention_bias=True)
     yield family("helium", "helium", _HEAD, "interleaved rotary")
-    yield family("nemotron", "nemotron", _HEAD, "partial rotary, 1 + weight layer norm, squared ReLU", partial_rotary_factor=0.5)
+    yield family("nemotron", "nemotron", _HEAD, "partial rotary, 1 + weight layer norm, squared ReLU", partial_rotary_factor=0.5, head_dim=32)
     yield family("arcee", "arcee", _HEAD, "squared ReLU, YaRN", **_rope("yarn", original_max_position_embeddings=16))
     yield family("seed_oss", "seed_oss", _HEAD, "head size apart from hidden size, biases", head_dim=32, attention_bias=True)
     yield family("hunyuan", "hunyuan_v1_dense", _HEAD, "norms on q and k after rotary")
@@ -190,7 +190,7 @@ def _families() -> Iterable[Family]:
     yield family("modernbert-decoder", "modernbert-decoder", {**_MHA, "num_hidden_layers": 4}, "two rotary bases, fused qkv, window of 8",
                  local_attention=16, global_attn_every_n_layers=2, global_rope_theta=160000.0, local_rope_theta=10000.0, cls_token_id=1,
                  sep_token_id=2)
-    yield family("llama-8192", "mistral", {**_HEAD, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}, "window of 8192",
+    yield family("mistral-8192", "mistral", {**_HEAD, "num_attention_heads": 2, "num_key_value_heads": 1}, "window of 8192",
                  sliding_window=8192, max_position_embeddings=8320, lengths=_LONGER)
     # Experts
     yield family("mixtral", "mixtral", _BASE, "experts", num_local_experts=4, num_experts_per_tok=2)

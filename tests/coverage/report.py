@@ -26,7 +26,7 @@ by a mistake of the exporter that a note tells.
 
 * `paged`: rewritten to paged attention, and right in every case.
 * `refused`: octavo kept the graph's attention and says why (the note); what it runs is right, or it says that it can't run it.
-* `–`: the exporter can't: it raised, or wrote a graph that onnxruntime doesn't run.
+* `–`: the exporter can't: it raised, or onnxruntime doesn't run what it wrote.
 * `WRONG`: rewritten, and not within 1e-4. `ERROR`: octavo failed, timed out or crashed. Neither may appear here.
 """
 
@@ -35,20 +35,36 @@ def verdict(cell: Cell) -> tuple[str, str]:
     """The word for a cell, and its reason."""
     exported = cell["export"]
     if exported["status"] != "exported":
-        return CANNOT, exported.get("reason", exported["status"])
+        return CANNOT, _short(exported.get("reason", exported["status"]))
     check = cell["check"]
+    broken = exported.get("undriven", "")
+    if broken and not broken.startswith("CannotDrive") and (check["status"], check.get("kind")) != ("right", "paged"):
+        return CANNOT, f"onnxruntime doesn't run its graph: {_short(broken)}"
+    if check["status"] == "wrong" and check["kind"] == "baseline" and not EXPORTERS[cell["exporter"]].exact:
+        # The source itself, in its own precision.
+        return REFUSED, f"baseline: {check['reason']} (as it stands it is {check['distance']:.1e} off its own full accuracy)"
     if check["status"] == "wrong":
         cases = ", ".join(f"{name} {value:.1e}" for name, value in check["distances"].items())
         return WRONG, f"{check['kind']}: {cases}"
     if check["status"] in ("right", "undriven"):
         # The compile goes on without a feature that failed; here that is a fault all the same.
         if "exception caught" in check["reason"]:
-            return ERROR, check["reason"]
+            return ERROR, _short(check["reason"])
         if check["kind"] == "paged":
             return PAGED, exported.get("off", "")
         # A graph that can't be paged and then can't be fed either is no worse than refused: nothing ran wrong.
-        return REFUSED, f"{check['kind']}: {check['reason']}" + (" (and not fed as it stands)" if check["status"] == "undriven" else "")
-    return ERROR, check.get("error") or check.get("reason") or check["status"]
+        return REFUSED, f"{check['kind']}: {_short(check['reason'])}" + (" (and not fed as it stands)" if check["status"] == "undriven" else "")
+    after = f" (`{check['kind']}` after: {check['reason']})" if check.get("kind") and "error" in check else ""
+    return ERROR, _short(check.get("error") or check.get("reason") or check["status"]) + after
+
+
+def _short(message: str) -> str:
+    """A message without colours, paths of this machine, C++ signatures and advice."""
+    message = re.sub(r"\x1b\[\d+m", "", message)
+    message = re.sub(r"/onnxruntime_src/\S+ .*?(\) |$)", "", message)
+    message = re.sub(r"/\S+/(\S+/model\.onnx)( failed)?", r"\1", message)
+    message = re.sub(r"The /\S+ model", "The model", message)
+    return message.split(" Please refer to")[0]
 
 
 def summary(cell: Cell) -> str:
@@ -108,7 +124,8 @@ def _numbers(rows: list[Cell]) -> dict[tuple[str, str], int]:
 def general(reason: str) -> str:
     """A reason without what only its cell has (layer numbers, node names, measured values), so that equal causes are counted together."""
     reason = re.sub(r"\d\.\d+e[-+]\d+|\binf\b", "…", reason)
-    reason = re.sub(r"\b(node_|val_|/)[\w./:-]+", "…", reason)
+    reason = re.sub(r"(\b(node_|val_)|/)[\w./:-]+", "…", reason)
+    reason = re.sub(r"export a \S+ model|has no \S+$|torchscript\d+(-\w+)?|found … from \w+", "…", reason)
     return re.sub(r"\d+", "#", reason)
 
 

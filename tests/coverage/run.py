@@ -29,13 +29,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # A change to what an exporter is asked for makes its cached graphs stale: count up.
 RECIPE = 1
+# The cache has nothing about a cell, and this run was not asked to find out.
+_UNKNOWN: dict[str, Any] = {"status": "unknown"}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated; default all")
     parser.add_argument("--exporters", default=",".join(EXPORTERS), help="comma-separated; default all")
-    parser.add_argument("--only", choices=("export", "check"), help="one half; default both")
+    parser.add_argument("--only", choices=("export", "check", "report"), help="one part, over what the cache has; default all")
     parser.add_argument("--python", default=sys.executable, help="has octavo")
     parser.add_argument("--python5", default=sys.executable, help="has torch, transformers 5, onnxruntime-genai, octavo")
     parser.add_argument("--python4", default=None, help="has torch, transformers 4.57, optimum-onnx; without it its columns are left out")
@@ -74,8 +76,8 @@ class Matrix:
         record = folder.parent / f"{exporter}.export.json"
         if record.is_file() and not self._arguments.fresh:
             return json.loads(record.read_text())  # type: ignore[no-any-return]
-        if self._arguments.only == "check":
-            return {"status": "unknown", "reason": "not exported yet"}
+        if self._arguments.only in ("check", "report"):
+            return _UNKNOWN
         self._tokenizer()
         question = {"family": family, "exporter": exporter, "work": str(folder.parent), "tokenizer": str(self._cache / "tokenizer")}
         answer = self._exporting[EXPORTERS[exporter].environment].ask(question, self._arguments.timeout)
@@ -90,6 +92,8 @@ class Matrix:
             known = json.loads(record.read_text())
             if known.get("octavo") == self._octavo:
                 return known  # type: ignore[no-any-return]
+        if self._arguments.only == "report":
+            return _UNKNOWN
         answer = self._checking.ask({"family": family, "folder": str(folder)}, self._arguments.timeout)
         answer["octavo"] = self._octavo
         record.write_text(json.dumps(answer, indent=1) + "\n")
@@ -142,7 +146,7 @@ def main() -> None:
         for family in arguments.families.split(","):
             for exporter in matrix.exporters():
                 cell = matrix.cell(family, exporter)
-                if cell["export"]["status"] == "unknown":
+                if _UNKNOWN in (cell["export"], cell.get("check")):
                     continue
                 print(f"{family:20s} {exporter:30s} {summary(cell)}", flush=True)
                 cells.append(cell)
