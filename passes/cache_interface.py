@@ -124,8 +124,8 @@ def plan_token_flat(
     `sites` are all of the graph's attentions; `caches[i]` is the cache format of site i (default: all fp32). Nothing is changed.
     """
     for site in sites:
-        if site.mask.kind not in ("causal", "window"):
-            return Refusal(f"a {site.mask.kind} mask does not page", site.name, f"masks: expected causal or window, found {site.mask}")
+        if site.mask.kind not in ("causal", "window", "chunked"):
+            return Refusal(f"a {site.mask.kind} mask does not page", site.name, f"masks: expected causal, window or chunked, found {site.mask}")
     tables, notes = _tables(observation, sites, max_context)
     sites = tuple(site if table is not None else site.with_rotary_in_graph() for site, table in zip(sites, tables))
     folded = [site for site, table in zip(sites, tables) if table is not None]

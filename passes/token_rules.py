@@ -32,13 +32,15 @@ def _same_layout(view: View) -> TokenAxis:
 
 
 def _repeat(view: View) -> TokenAxis:
-    """Expand, Tile: the token dimension must come out as it went in."""
+    """Expand: the token dimension must come out as it went in. Tile may repeat it whole, which is one more dimension outside of it."""
     axis, shape = view.only(0), view.shapes[0]
     assert shape is not None
     place = axis.axis + len(view.results[0]) - len(shape)
-    if view.results[0][place] != shape[axis.axis]:
-        raise Sideways("tokens are repeated", f"{shape[axis.axis]} becomes {view.results[0][place]} along {axis}")
-    return axis.moved(place)
+    before, after = shape[axis.axis], view.results[0][place]
+    many, rest = divmod(after.factor, before.factor)
+    if after.letters != before.letters or rest or (many != 1 and view.node.op_type != "Tile"):
+        raise Sideways("tokens are repeated", f"{before} becomes {after} along {axis}")
+    return TokenAxis(place, axis.outer * many, axis.inner)
 
 
 def _transpose(view: View) -> TokenAxis:
@@ -158,6 +160,14 @@ def _matmul(view: View) -> TokenAxis:
     return view.aligned((0, 1), rank=max(ranks))  # a batch dimension: each token multiplies its own matrices
 
 
+def _fused_matmul(view: View) -> TokenAxis:
+    """com.microsoft: a product times a factor. Transposed, it is read as another product."""
+    flags = view.node.attributes
+    if any(flags.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")) or (flags.get_int("transB", 0) and view.axes[1] is not None):
+        raise Sideways("tokens are transposed in a product", f"{view.axes[0]}, {view.axes[1]}")
+    return _matmul(view)
+
+
 def _gemm(view: View) -> TokenAxis:
     flags = view.node.attributes
     contracted = (0 if flags.get_int("transA", 0) else 1, 1 if flags.get_int("transB", 0) else 0)
@@ -272,7 +282,7 @@ def _microsoft_rotary(view: View) -> TokenAxis:
     return expected
 
 
-_ELEMENTWISE = """
+ELEMENTWISE = """
     Abs Acos Acosh Add And Asin Asinh Atan Atanh BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BitShift Cast CastLike Ceil Celu Clip Cos Cosh
     Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max
     Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
@@ -281,7 +291,7 @@ _ELEMENTWISE = """
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 
 RULES: dict[tuple[str, str], Rule] = {
-    **{("", op): _elementwise for op in _ELEMENTWISE},
+    **{("", op): _elementwise for op in ELEMENTWISE},
     **{("", f"Reduce{name}"): _reduce for name in _REDUCTIONS},
     **{("", op): _same_layout for op in ("Reshape", "Squeeze", "Unsqueeze", "Flatten")},
     **{("", op): _repeat for op in ("Expand", "Tile")},
@@ -309,6 +319,7 @@ RULES: dict[tuple[str, str], Rule] = {
     **{("com.microsoft", op): _elementwise for op in ("Gelu", "FastGelu", "BiasGelu", "QuickGelu")},
     **{("com.microsoft", op): _skip_norm for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")},
     ("com.microsoft", "SimplifiedLayerNormalization"): _norm(-1),
+    ("com.microsoft", "FusedMatMul"): _fused_matmul,
     ("com.microsoft", "MatMulNBits"): _rows_times_weights,
     ("com.microsoft", "RotaryEmbedding"): _microsoft_rotary,
 }

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ..observe import Probe
 from .chain import MOVES, Chain
 from .laboratory import BHSD, BSH, Laboratory, Layout, fits_layout
-from .masks import MaskSource
+from .mask_source import MaskSource
 from .operands import Canon
 from .site import Cache
 
@@ -34,6 +34,7 @@ class Core:
     nodes: tuple[ir.Node, ...]
     cache: Cache | None = None
     in_op: bool = False
+    sinks: tuple[float, ...] = ()
 
 
 def moved_output(lab: Laboratory, value: ir.Value, heads: int, size: int, start: Layout) -> tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None:
@@ -41,43 +42,54 @@ def moved_output(lab: Laboratory, value: ir.Value, heads: int, size: int, start:
 
     The product itself lies in the order of layout `start`.
     """
-    product = value
+    product, passed, path = value, list[ir.Value](), set[ir.Node]()
     best: tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None = None
     while True:
         chain = next((c for computed, c in lab.graph.walk(value, MOVES) if computed == (product,) and c.leaves == computed), None)
-        layouts: tuple[Layout, ...] = (BSH, BHSD) if chain is not None else ()
+        layouts: tuple[Layout, ...] = (BSH, BHSD) if chain is not None and _sizes_stay(lab, passed, path) else ()
         for layout in layouts:
             assert chain is not None
             if all(_is_laid_out(lab, chain, start, layout, heads, size, probe) for probe in lab.probes):
                 best = (value, layout, chain.nodes)
                 break
-        following = _only_user(lab, value)
+        following = _only_reader(lab, value)
         if following is None or following.op_type not in MOVES or len(following.outputs) != 1:
             return best
+        passed.append(value)
+        path.add(following)
         value = following.outputs[0]
 
-def _only_user(lab: Laboratory, value: ir.Value) -> ir.Node | None:
-    """The node that alone reads `value`; nodes that only ask for its shape, on behalf of that node, don't count."""
-    outputs = set(lab.observation.model.graph.outputs)
-    if value in outputs:
+
+def _only_reader(lab: Laboratory, value: ir.Value) -> ir.Node | None:
+    """The node that alone reads `value`; nodes that only ask for its sizes don't count."""
+    if value.is_graph_output():
         return None
-    users = {use.node for use in value.uses()}
-    readers = {node for node in users if not (node.op_type == "Shape" and not lab.graph.is_data(node.outputs[0]))}
-    if len(readers) != 1:
-        return None
-    reader = next(iter(readers))
-    pending, seen = [output for node in users - readers for output in node.outputs], set[ir.Value]()
+    readers = {use.node for use in value.uses() if not _asks_size(lab, use.node)}
+    return next(iter(readers)) if len(readers) == 1 else None
+
+
+def _asks_size(lab: Laboratory, node: ir.Node) -> bool:
+    return node.op_type == "Shape" and not lab.graph.is_data(node.outputs[0])
+
+
+def _sizes_stay(lab: Laboratory, passed: list[ir.Value], path: set[ir.Node]) -> bool:
+    """Whether what asks for sizes of `passed`, the values that go with the site, does it for the nodes of `path` alone."""
+    pending = [node.outputs[0] for value in passed for node in (use.node for use in value.uses()) if _asks_size(lab, node)]
+    seen = set(pending)
     while pending:
         size = pending.pop()
-        if size in outputs or len(seen) > 64:
-            return None
-        for use in size.uses():
-            if use.node is not reader and lab.graph.is_data(use.node.outputs[0]):
-                return None
-            fresh = [output for output in use.node.outputs if use.node is not reader and output not in seen]
+        if size.is_graph_output():
+            return False
+        for node in (use.node for use in size.uses()):
+            if node in path:
+                continue
+            if any(lab.graph.is_data(output) for output in node.outputs):
+                return False
+            fresh = [output for output in node.outputs if output not in seen]
             seen.update(fresh)
             pending.extend(fresh)
-    return reader
+    return True
+
 
 def _is_laid_out(lab: Laboratory, chain: Chain, start: str, layout: str, heads: int, size: int, probe: Probe) -> bool:
     shape, end = lab.shape(chain.leaves[0], probe), lab.shape(chain.target, probe)

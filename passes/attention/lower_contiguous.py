@@ -56,6 +56,10 @@ def inexpressible(site: AttentionSite) -> Refusal | None:
     found = ""
     if site.mask.kind not in ("causal", "window"):
         found = f"a {site.mask.kind} mask"
+    elif site.mask.slopes:
+        found = "ALiBi slopes"
+    elif site.sinks:
+        found = "sinks"
     elif site.head_size % 8:
         found = f"head size {site.head_size}, which is no multiple of 8"
     elif site.head_size != site.value_size:

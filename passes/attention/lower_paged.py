@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from ...custom_ops.contract import DOMAIN, OPSET, PAGED_ATTENTION
@@ -53,6 +54,12 @@ class LowerPaged(ir.passes.InPlacePass):
             "num_heads": site.num_heads, "kv_num_heads": site.kv_heads, "scale": float(site.scale), "softcap": float(site.softcap),
             "local_window_size": site.mask.window or -1, "rotary_interleaved": 0,
         }
+        if site.mask.chunk:
+            attributes["chunk_size"] = site.mask.chunk
+        if site.sinks:
+            given["head_sink"] = build.constant(np.array(site.sinks, np.float32), "head_sink")
+        if site.mask.slopes:
+            given["alibi_slopes"] = build.constant(np.array(site.mask.slopes, np.float32), "alibi_slopes")
         if tables is not None:
             assert site.rotary is not None
             given["cos_cache"] = build.constant(tables[0], "rotary.cos")

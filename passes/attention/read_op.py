@@ -10,7 +10,7 @@ from ..outcome import Refusal
 from .chain import attribute
 from .core import Core, moved_output
 from .laboratory import BHSD, BSH, Array, Laboratory
-from .masks import MaskSource
+from .mask_source import MaskSource
 from .operands import Canon
 from .site import Cache
 

@@ -12,13 +12,15 @@ from ..outcome import Refusal
 from .chain import PROBABILITIES, SCORES, Chain, attribute
 from .core import Core, moved_output
 from .laboratory import BHSD, Array, Laboratory
-from .masks import HIDDEN, MaskSource
+from .mask_source import HIDDEN, MaskSource
 from .operands import Canon
+from .sinks import sink_logits, split_sink
 
 
 def read_softmax(lab: Laboratory, node: ir.Node, names: Iterator[str]) -> Core | Refusal | None:
-    result, scores_in = node.outputs[0], node.inputs[0]
-    assert scores_in is not None
+    result, given = node.outputs[0], node.inputs[0]
+    assert given is not None
+    scores_in, sink = split_sink(lab, given) if lab.graph.is_data(given) else (given, None)
     shape = lab.shape(scores_in, lab.probes[0]) if lab.graph.is_data(scores_in) else None
     if not lab.graph.is_data(scores_in):
         return None
@@ -35,7 +37,7 @@ def read_softmax(lab: Laboratory, node: ir.Node, names: Iterator[str]) -> Core |
     if scores is None:
         reason, nearest = _nearest_scores(lab, scores_in)
         return Refusal(reason, where, nearest)
-    return _read_products(lab, node, scores, product, after, where)
+    return _read_products(lab, node, scores, product, after, sink, where)
 
 
 def _product_behind(lab: Laboratory, result: ir.Value) -> tuple[ir.Node | None, Chain | None]:
@@ -83,7 +85,7 @@ def _is_data(lab: Laboratory, value: ir.Value | None) -> bool:
     return value is not None and lab.graph.is_data(value)
 
 
-def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.Node, after: Chain | None, where: str) -> Core | Refusal:
+def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.Node, after: Chain | None, sink: ir.Value | None, where: str) -> Core | Refusal:
     first = before.leaves[0].producer()
     assert first is not None and after is not None
     query, key, value = first.inputs[0], first.inputs[1], product.inputs[1]
@@ -96,7 +98,10 @@ def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.No
     heads, rest = divmod(int(np.prod(scores[:-2])), probe.batch)
     if rest or scores[-2] != probe.length or scores[-1] != probe.past + probe.length:
         return Refusal("the scores are not of each query and all keys", where, f"products: expected [B·H, S, P+S] at {probe}, found {scores}")
-    if not all(_is_unchanged(lab, after, p) for p in lab.probes):
+    sinks = () if sink is None else sink_logits(lab, sink, heads)
+    if sinks is None:
+        return Refusal("a column beside the scores is not one logit a head", where, f"sinks: {sink.name if sink else ''}")
+    if not all(_is_unchanged(lab, before, after, p, bool(sinks)) for p in lab.probes):
         return Refusal("the softmax's result is changed before it meets the values", where, f"products: {after.target.name}")
     score = _score(lab, before, heads)
     if isinstance(score, str):
@@ -114,17 +119,18 @@ def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.No
         return Refusal("the attention's result is in no known layout", where, f"output: {product.outputs[0].name}")
     output, layout, behind = end
     nodes = (first, *before.nodes, node, *after.nodes, product, *behind)
-    source = MaskSource(heads, chain=before)
-    return Core(where, query, key, value, canons, heads, (size, value_size), score[0], score[1], source, output, layout, nodes)
+    source = MaskSource(heads, chain=before, sinks=bool(sinks))
+    return Core(where, query, key, value, canons, heads, (size, value_size), score[0], score[1], source, output, layout, nodes, sinks=sinks)
 
 
-def _is_unchanged(lab: Laboratory, after: Chain, probe: Probe) -> bool:
-    shape = lab.shape(after.leaves[0], probe)
+def _is_unchanged(lab: Laboratory, before: Chain, after: Chain, probe: Probe, sinks: bool) -> bool:
+    """Whether the product with the values reads the probabilities as the softmax gives them, less a sink's in the last column."""
+    shape = lab.shape(before.target, probe)
     if shape is None:
         return False
-    probabilities = np.random.default_rng(1).random(shape)
-    out = lab.run(after, [probabilities], probe)
-    return out is not None and out.size == probabilities.size and np.array_equal(out.reshape(-1), probabilities.reshape(-1))
+    probabilities = np.random.default_rng(1).random((*shape[:-1], shape[-1] + 1) if sinks else shape)
+    out, kept = lab.run(after, [probabilities], probe), probabilities[..., :-1] if sinks else probabilities
+    return out is not None and out.size == kept.size and np.array_equal(out.reshape(-1), kept.reshape(-1))
 
 
 def _score(lab: Laboratory, chain: Chain, heads: int) -> tuple[float, float] | str:

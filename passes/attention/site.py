@@ -13,19 +13,28 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from .rotary import Rotation
 
-MaskKind = Literal["causal", "window", "bidirectional"]
+MaskKind = Literal["causal", "window", "chunked", "prefix", "bidirectional"]
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What a mask was proved to mean. `window` w ≥ 1 only with kind "window": position p sees p−w+1 … p.
+    """What a mask was proved to mean.
 
-    `key_padding` says that the graph's attention_mask input hides keys as well.
+    window       w ≥ 1 with kind "window" alone: position p sees p−w+1 … p.
+    key_padding  the graph's attention_mask input hides keys as well.
+    chunk        c ≥ 1 with kind "chunked" alone: position p sees floor(p / c)·c … p.
+    prefix       n with kind "prefix" alone: position p sees 0 … p and all of the first n.
+    slopes       ALiBi: slopes[h]·(key − query position) is added to the scores of head h; empty: nothing is.
+    positional   proved where positions count up by one in a sequence; others than that change the mask (several sequences packed in a row).
     """
 
     kind: MaskKind
     window: int | None = None
     key_padding: bool = False
+    chunk: int | None = None
+    prefix: int | None = None
+    slopes: tuple[float, ...] = ()
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class AttentionSite:
     turned_query/_key   the same two after `rotary`; equal to query and key without one.
     output              the value to replace, [B, H, S, E] or [B, S, …H·E] as `output_layout` says.
     scale               the factor on q·k, always explicit.
+    sinks               a logit for each head that joins the softmax and carries no value; empty: none.
     nodes               what computes the site (for reports; dead-code elimination removes them).
     """
 
@@ -83,6 +93,7 @@ class AttentionSite:
     cache: Cache | None = None
     rotary: Rotary | None = None
     softcap: float = 0.0
+    sinks: tuple[float, ...] = ()
     nodes: tuple[ir.Node, ...] = ()
 
     def with_rotary_in_graph(self) -> AttentionSite:

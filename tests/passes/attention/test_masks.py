@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from drivers import seen
 from octavo.passes.attention.laboratory import Laboratory
-from octavo.passes.attention.masks import Bidirectional, Causal, MaskProver, MaskSource, Window
+from octavo.passes.attention.mask_candidates import Bidirectional, Causal, Chunked, Prefix, Window
+from octavo.passes.attention.mask_source import MaskSource
+from octavo.passes.attention.masks import MaskProver
 from octavo.passes.attention.match import sites_of
 from octavo.passes.attention.site import Mask
-from octavo.passes.observe import Probe
 from octavo.passes.outcome import Refusal
 from sketches import Sketch, build
 
@@ -46,12 +47,6 @@ def test_one_hidden_key_is_enough(sketch: Sketch) -> None:
     assert "key 2" in refusal.nearest or "causal" in refusal.nearest or "window" in refusal.nearest
 
 
-def test_a_bias_on_visible_keys_is_no_mask() -> None:
-    refusal = proved(Sketch(mask="alibi"))
-    assert isinstance(refusal, Refusal)
-    assert "which is visible" in refusal.nearest
-
-
 def test_a_mask_of_ids_depends_on_data() -> None:
     for sketch in (Sketch(mask="ids"), Sketch(mask="ids", op=True)):
         refusal = proved(sketch)
@@ -60,11 +55,13 @@ def test_a_mask_of_ids_depends_on_data() -> None:
 
 
 def test_predictions_against_their_definitions() -> None:
-    probe = Probe(1, 4, 3)
-    rows, keys = np.arange(4)[:, None] + 3, np.arange(7)[None]
-    assert np.array_equal(Causal().predict(Mask("causal"), probe), keys <= rows)
-    assert np.array_equal(Window().predict(Mask("window", 2), probe), (keys <= rows) & (keys > rows - 2))
-    assert Bidirectional().predict(Mask("bidirectional"), probe).all()
+    rows, keys = np.arange(3, 7), np.arange(7)
+    q, k = rows[:, None], keys[None]
+    assert np.array_equal(Causal().predict(Mask("causal"), rows, keys), k <= q)
+    assert np.array_equal(Window().predict(Mask("window", 2), rows, keys), (k <= q) & (k > q - 2))
+    assert np.array_equal(Chunked().predict(Mask("chunked", chunk=4), rows, keys), (k <= q) & (k // 4 == q // 4))
+    assert np.array_equal(Prefix().predict(Mask("prefix", prefix=5), rows, keys), (k <= q) | (k < 5))
+    assert Bidirectional().predict(Mask("bidirectional"), rows, keys).all()
 
 
 def test_equal_masks_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
