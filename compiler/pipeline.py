@@ -18,10 +18,13 @@ import onnx_ir as ir
 from ..errors import OptionError, RefusedError
 from ..models.onnx_reader import graph_interface
 from ..models.spec import CacheName
+from ..passes.attention.direct import DirectSite
+from ..passes.attention.direct_match import match_direct
 from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
 from ..passes.attention.lower_flash import LowerFlash, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
-from ..passes.attention.match import match_attention, refusals_of, sites_of
+from ..passes.attention.mask_candidates import meaning
+from ..passes.attention.match import match_anchors, refusals_of, sites_of
 from ..passes.attention.site import AttentionSite
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
@@ -41,12 +44,16 @@ from .rewritten import Rewritten
 
 @dataclass(frozen=True)
 class Understood:
-    """A normalized graph, what its values are, and its attentions. No target has changed it yet."""
+    """A normalized graph, what its values are, and its attentions. No target has changed it yet.
+
+    Of what was refused as a proved site, `direct` are those that a graph without a cache can have at their word.
+    """
 
     model: ir.Model
     observation: Observation
     sites: tuple[AttentionSite, ...]
     refusals: tuple[Refusal, ...]
+    direct: tuple[DirectSite, ...]
     max_context: int
     quantized: bool
 
@@ -113,20 +120,35 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     ledger.decide("max_context", str(max_context), reason)
     ledger.enter(Outcome("observe", nodes_before=nodes, nodes_after=nodes, seconds=perf_counter() - start))
     start = perf_counter()
-    found = match_attention(model, observation, max_context=max_context)
+    anchors = match_anchors(model, observation, max_context=max_context)
+    found = [item for _, item in anchors]
     sites, refusals = sites_of(found), refusals_of(found)
+    read = match_direct(observation, anchors) if refusals and options.flash_attention and not observation.cached else ()
+    direct = tuple(site for site in read if isinstance(site, DirectSite))
+    told = _told(refusals, read)
     seconds = perf_counter() - start
-    ledger.enter(Outcome("match_attention", "sites", len(found), 0, refusals, nodes_before=nodes, nodes_after=nodes, seconds=seconds))
+    notes = tuple(f"{refusal}: taken as it is" for refusal in refusals if any(site.name == refusal.where for site in direct))
+    ledger.enter(Outcome("match_attention", "sites", len(found), 0, told, notes, nodes_before=nodes, nodes_after=nodes, seconds=seconds))
     _assert_masking(sites, options)
-    if not sites:
+    if not sites and not direct:
         ledger.refuse([Refusal("no attention was understood", "graph", f"{len(refusals)} candidates were refused")])
         return None
-    return Understood(model, observation, sites, refusals, max_context, quantized)
+    return Understood(model, observation, sites, refusals, direct, max_context, quantized)
+
+
+def _told(refusals: Sequence[Refusal], read: Sequence[DirectSite | Refusal]) -> tuple[Refusal, ...]:
+    """What is refused in the end: where a site could not be taken at its word either, both reasons."""
+    if not read:
+        return tuple(refusals)
+    pairs = ((refusal, also) for refusal, also in zip(refusals, read, strict=True) if isinstance(also, Refusal))
+    return tuple(item for refusal, also in pairs for item in dict.fromkeys((refusal, also)))
 
 
 def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
     if understood.refusals:
-        ledger.decide("paged", "off", "a site that was refused would attend across sequences", understood.refusals[0].where)
+        first = understood.refusals[0]
+        reason = f"a site that was refused would attend across sequences: {first.reason}"
+        ledger.decide("paged", "off", f"{reason} [{first.nearest}]" if first.nearest else reason, first.where)
         return None
     cache: CacheName = "fp32" if options.kv_cache == "fp32" else "fp16"
     plan = plan_token_flat(
@@ -147,6 +169,8 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
 
 
 def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
+    if understood.direct:
+        return None    # no decoder, or one that nothing caches
     plan = plan_contiguous(
         understood.observation, understood.sites, max_context=understood.max_context, refused=len(understood.refusals),
     )
@@ -168,7 +192,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
         return None    # a decoder that brings a cache keeps it, as a baseline
     interface, target = observation.interface, ""
     if options.flash_attention:
-        plan = plan_flash(observation, understood.sites, refused=len(understood.refusals))
+        plan = plan_flash(observation, understood.sites, refused=len(understood.refusals), direct=understood.direct)
         if isinstance(plan, Refusal):
             ledger.refuse([plan])
             return None
@@ -179,7 +203,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
         ledger.run(emptied, model)
         interface = emptied.interface
     ledger.run(Cleanup(), model)
-    ledger.sites = tuple(_line(site.with_rotary_in_graph(), target) for site in understood.sites)
+    ledger.sites = (*(_line(site.with_rotary_in_graph(), target) for site in understood.sites), *map(_direct_line, understood.direct))
     return Rewritten(model, "stateless", interface, None, understood.quantized)
 
 
@@ -195,14 +219,18 @@ def _assert_masking(sites: Sequence[AttentionSite], options: CompileOptions) -> 
     wanted = {"causal": "causal", "none": "bidirectional"}[options.masking]
     for site in sites:
         if site.mask.kind != wanted:
-            proved = f"a window of {site.mask.window}" if site.mask.kind == "window" else site.mask.kind
+            proved = f"a window of {site.mask.window}" if site.mask.kind == "window" else meaning(site.mask)
             raise OptionError(f'masking="{options.masking}" was asserted, and the mask of {site.name} was proved to be {proved}', hint="leave masking out")
+
+
+def _direct_line(site: DirectSite) -> SiteLine:
+    return SiteLine(site.name, site.query.heads, site.key.heads, site.query.size, site.scale, site.mask.text, "no rotary folded", "FlashAttention")
 
 
 def _line(site: AttentionSite, target: str) -> SiteLine:
     mask = site.mask
-    meaning = f"window {mask.window}" if mask.kind == "window" else mask.kind
+    words = meaning(mask) + (" with ALiBi" if mask.slopes else "") + (" and sinks" if site.sinks else "")
     rotary = "no rotary folded" if site.rotary is None else f"rotary {site.rotary.width} {'interleaved' if site.rotary.interleaved else 'half'}"
     return SiteLine(
-        site.name, site.num_heads, site.kv_heads, site.head_size, site.scale, meaning + (" with key padding" if mask.key_padding else ""), rotary, target,
+        site.name, site.num_heads, site.kv_heads, site.head_size, site.scale, words + (" with key padding" if mask.key_padding else ""), rotary, target,
     )

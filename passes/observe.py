@@ -85,6 +85,11 @@ class Observation:
         return self._shapes.unbatched
 
     @property
+    def probes(self) -> tuple[Probe, ...]:
+        """The situations in which the whole graph was run."""
+        return self._shapes.probes
+
+    @property
     def static(self) -> bool:
         """Whether every input has fixed sizes: the graph runs in one situation, formulas are numbers, and nothing can be proved of others."""
         return self._shapes.named is None

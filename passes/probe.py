@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ..errors import OctavoError
 from ..models.interface import GraphInterface, GraphPort
 
-
 # A size that only other inputs have, where a probe doesn't say.
 OTHER_SIZE = 6
 

@@ -59,8 +59,15 @@ def learn_shapes(model: ir.Model, interface: GraphInterface, kinds: Kinds) -> Sh
     try:
         session = open_session(proto)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        if is_static(interface):
+            return _declared(kinds, f"onnxruntime can't open the graph: {first_line(error)}")
         raise ObservationError(f"onnxruntime can't open the graph: {first_line(error)}") from error
-    probes, found, unbatched, named = _run_probes(session, interface, inputs, _zeros(zeros))
+    try:
+        probes, found, unbatched, named = _run_probes(session, interface, inputs, _zeros(zeros))
+    except ObservationError as error:
+        if is_static(interface):
+            return _declared(kinds, error.message)
+        raise
     cached = any(port.role == "past_key" for port in interface.inputs)
     letters = (*(() if unbatched else ("B",)), "S", *(("P", "T") if cached else ()), *_others(named)) if named is not None else ()
     shapes: dict[ir.Value, tuple[Dim, ...] | None] = {}
@@ -73,6 +80,14 @@ def learn_shapes(model: ir.Model, interface: GraphInterface, kinds: Kinds) -> Sh
     for index, value in enumerate(asked):
         shapes[value] = None if value in kinds.loose else fit_dims([shape[index].tolist() for shape in found], probes, letters)
     return Shapes(shapes, probes, letters, unbatched, named)
+
+
+def _declared(kinds: Kinds, why: str) -> Shapes:
+    """Shapes of a graph that can't be run (a type or an input that onnxruntime lacks) and needn't: every size is written in it."""
+    dims = {
+        value: tuple(Dim(int(size)) for size in value.shape) if value.shape is not None and value.shape.is_static() else None for value in kinds.kind
+    }
+    return Shapes({**dims}, (Probe(1, 1, 0),), (), why, None)
 
 
 def _run_probes(

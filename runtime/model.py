@@ -17,6 +17,7 @@ from ..models.decision import Decision
 from ..models.interface import GraphInterface
 from ..models.runner import Ids
 from ..models.spec import Kind
+from .bfloat16 import run_named
 from .decisions import DecisionLog
 from .engine import Engine
 from .executor import Executor, step_error
@@ -104,7 +105,7 @@ class Model:
             off = sorted(set(inputs) ^ names)
             raise RequestError(f"the graph's inputs are {', '.join(sorted(names))}; missing or unknown: {', '.join(off)}")
         try:
-            outputs = self._session.run(None, {name: np.asarray(value) for name, value in inputs.items()})
+            outputs = run_named(self._session, self._interface, inputs)
         except Exception as error:
             if type(error).__name__ == "InvalidArgument":
                 raise RequestError(f"the inputs don't fit the graph: {str(error).strip()}") from error

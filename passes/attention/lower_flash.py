@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
 import onnx_ir as ir
 
 from ...custom_ops.contract import DOMAIN, FLASH_ATTENTION, OPSET
@@ -21,6 +22,7 @@ from ..extract import reads
 from ..normalize import graph_size
 from ..observe import Dim, Observation
 from ..outcome import Outcome, PassResult, Refusal
+from .direct import DirectSite
 from .layout import output_tail, replacement, tokens_last
 from .site import AttentionSite
 
@@ -29,7 +31,10 @@ _CACHE_ROLES = ("past_key", "past_value", "present_key", "present_value")
 
 @dataclass(frozen=True)
 class FlashPlan:
-    """`sizes` are values to write as formulas in B and S, because what they were asked of goes; `tails` are the outputs' inner sizes."""
+    """`sizes` are values to write as formulas in B and S, because what they were asked of goes; `tails` are the outputs' inner sizes.
+
+    `direct` are the attentions whose masks go along as they are.
+    """
 
     sites: tuple[AttentionSite, ...]
     tails: tuple[tuple[int, ...], ...]
@@ -38,17 +43,25 @@ class FlashPlan:
     sizes: Mapping[ir.Value, tuple[Dim, ...]]
     interface: GraphInterface
     refusals: tuple[Refusal, ...]
+    direct: tuple[DirectSite, ...] = ()
 
 
-def plan_flash(observation: Observation, sites: Sequence[AttentionSite], *, refused: int = 0) -> FlashPlan | Refusal:
+def plan_flash(
+    observation: Observation, sites: Sequence[AttentionSite], *, refused: int = 0, direct: Sequence[DirectSite] = (),
+) -> FlashPlan | Refusal:
     """The plan for a stateless graph. `refused` counts the attentions that are no sites: in a graph without a cache they stay as they are."""
-    if not sites:
+    if not sites and not direct:
         return Refusal("the graph has no attention site", str(observation.model.graph.name))
+    for site in sites:
+        if site.mask.kind in ("chunked", "prefix") or site.mask.positional:
+            found = "a mask that follows position_ids" if site.mask.positional else f"a {site.mask.kind} mask"
+            return Refusal(f"FlashAttention can't express {found}", site.name, f"lower_flash: {site.mask}")
     sites = tuple(site.with_rotary_in_graph() for site in sites)
     tails = tuple(output_tail(observation, site) for site in sites)
     padding, ids = graph_value(observation, "attention_mask"), graph_value(observation, "input_ids")
     if not observation.cached:
-        return FlashPlan(sites, tails, padding, ids, {}, observation.interface, ())
+        return FlashPlan(sites, tails, padding, ids, {}, observation.interface, (), tuple(direct))
+    assert not direct, "a graph that loses its cache needs all its sites proved"
     if refused:
         return Refusal("the cache can't go while an attention that is not understood reads it", str(observation.model.graph.name))
     sizes = _without_past(observation, sites)
@@ -110,12 +123,14 @@ class LowerFlash(ir.passes.InPlacePass):
             written = {value: build.sizes(self._ids(), dims, scalar=_is_scalar(value)) for value, dims in plan.sizes.items()}
         for site, tail in zip(plan.sites, plan.tails):
             self._replace(build, site, tail, key_mask)
+        for direct in plan.direct:
+            direct.write(build, graph)
         for old, new in written.items():
             old.replace_all_uses_with(new)
         model.opset_imports[DOMAIN] = OPSET
         self._drop_cache(graph)
         ir.passes.common.RemoveUnusedNodesPass()(model)
-        after, count = graph_size(model), len(plan.sites)
+        after, count = graph_size(model), len(plan.sites) + len(plan.direct)
         outcome = Outcome("lower_flash", "sites", count, count, plan.refusals, (), before, after[0], size, after[1], perf_counter() - start)
         return PassResult(model, True, outcome)
 
@@ -135,6 +150,10 @@ class LowerFlash(ir.passes.InPlacePass):
             if site.mask.key_padding:
                 assert key_mask is not None, "padding was proved on the graph's attention_mask"
                 given["key_mask"] = key_mask
+            if site.sinks:
+                given["head_sink"] = build.constant(np.array(site.sinks, np.float32), "head_sink")
+            if site.mask.slopes:
+                given["alibi_slopes"] = build.constant(np.array(site.mask.slopes, np.float32), "alibi_slopes")
             attributes = {
                 "num_heads": site.num_heads, "kv_num_heads": site.kv_heads, "scale": float(site.scale), "softcap": float(site.softcap),
                 "local_window_size": site.mask.window or -1, "is_causal": int(site.mask.kind != "bidirectional"),
@@ -157,7 +176,7 @@ class LowerFlash(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         check_inputs(model.graph)
         names = [str(node.name) for node in model.graph if node.op_type == "FlashAttention" and node.domain == DOMAIN]
-        if sorted(names) != sorted(site.name for site in self._plan.sites):
+        if sorted(names) != sorted([*(site.name for site in self._plan.sites), *(site.name for site in self._plan.direct)]):
             raise ir.passes.PostconditionError(f"expected one FlashAttention a site, found {names}")
 
 

@@ -36,9 +36,29 @@ def match_attention(model: ir.Model, observation: Observation, *, max_context: i
 
     `observation` is of this very model, which is not changed. Masks are probed up to `max_context` tokens.
     """
+    return tuple(found for _, found in match_anchors(model, observation, max_context=max_context))
+
+
+def match_anchors(
+    model: ir.Model, observation: Observation, *, max_context: int = 8192,
+) -> tuple[tuple[ir.Node, AttentionSite | Refusal], ...]:
+    """As `match_attention`, each with its anchor: the attention op, or the softmax."""
     assert observation.model is model, "the observation is of another model"
-    matcher = _Matcher(Laboratory(observation), max_context)
-    return matcher.match()
+    if observation.static:
+        return _static_anchors(observation)
+    return _Matcher(Laboratory(observation), max_context).match()
+
+
+def _static_anchors(observation: Observation) -> tuple[tuple[ir.Node, AttentionSite | Refusal], ...]:
+    """In a graph whose sizes are all fixed nothing can be proved of other lengths. Softmaxes of data count as candidates."""
+    nodes = [
+        node for node in observation.model.graph
+        if node.op_type in _FOREIGN or (node.op_type == "Softmax" and node.inputs[0] is not None and observation.kind(node.inputs[0]) == "data")
+    ]
+    return tuple(
+        (node, Refusal("every size in the graph is fixed", f"layers.{number}.attention", "observe: expected a free number of tokens"))
+        for number, node in enumerate(nodes)
+    )
 
 
 class _Matcher:
@@ -47,8 +67,8 @@ class _Matcher:
         self.prover = MaskProver(lab, max_context)
         self.outputs = tuple(lab.observation.model.graph.outputs)
 
-    def match(self) -> tuple[AttentionSite | Refusal, ...]:
-        found: list[AttentionSite | Refusal] = []
+    def match(self) -> tuple[tuple[ir.Node, AttentionSite | Refusal], ...]:
+        found: list[tuple[ir.Node, AttentionSite | Refusal]] = []
         names = (f"layers.{number}.attention" for number in count())
         for node in self.lab.observation.model.graph:
             if node.op_type == "Attention" and node.domain == "":
@@ -60,7 +80,7 @@ class _Matcher:
             else:
                 continue
             if core is not None:
-                found.append(self._site(core) if isinstance(core, Core) else core)
+                found.append((node, self._site(core) if isinstance(core, Core) else core))
         return tuple(found)
 
     def _site(self, core: Core) -> AttentionSite | Refusal:
@@ -94,7 +114,7 @@ class _Matcher:
             query_layout=ends[0][1], key_layout=ends[1][1], value_layout=value.layout, output_layout=core.output_layout,
             turned_query=query.turned, turned_key=key.turned, turned_query_layout=query.turned_layout, turned_key_layout=key.turned_layout,
             num_heads=core.num_heads, kv_heads=key.heads, head_size=core.sizes[0], value_size=core.sizes[1],
-            scale=core.scale * query.factor * key.factor, mask=mask, cache=cache, rotary=rotary, softcap=core.softcap, nodes=tuple(nodes),
+            scale=core.scale * query.factor * key.factor, mask=mask, cache=cache, rotary=rotary, softcap=core.softcap, sinks=core.sinks, nodes=tuple(nodes),
         )
 
     def _disagreement(self, core: Core, query: Operand, key: Operand, value: Operand) -> tuple[str, str, str] | None:
