@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--python4", default=None, help="has torch, transformers 4.57, optimum-onnx; without it its columns are left out")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "octavo-coverage")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds per cell and half")
-    parser.add_argument("--fresh", action="store_true", help="export and check again what is in the cache")
+    parser.add_argument("--fresh", action="store_true", help="do again what is asked for, whatever the cache has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of coverage.md and coverage.json")
     return parser.parse_args()
 
@@ -74,7 +74,7 @@ class Matrix:
     def export(self, family: str, exporter: str) -> dict[str, Any]:
         folder = self.folder(family, exporter)
         record = folder.parent / f"{exporter}.export.json"
-        if record.is_file() and not self._arguments.fresh:
+        if record.is_file() and not (self._arguments.fresh and self._arguments.only in (None, "export")):
             return json.loads(record.read_text())  # type: ignore[no-any-return]
         if self._arguments.only in ("check", "report"):
             return _UNKNOWN
