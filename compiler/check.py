@@ -4,28 +4,33 @@ Two comparisons. *reference*: the source with its weights dequantized to fp32, r
 DequantizeLinear + MatMul into int8 arithmetic). Its limits are tight, and it alone tells a wrong rewrite from a rounding. *original*: the
 source as it stands, as its users run it: quality, with limits out of the manifest. An artifact passes when every case of both does.
 
+Where the caches round (fp16), what they round would hide a small fault of the rewrite, such as one layer's scale. So a third comparison,
+*rewrite*, puts the same graph with fp32 caches against the reference, with the limits of fp32.
+
 New to this? *KL* (divergence, in nats) measures how far one distribution over the next token is from another; 0 is equal. *Top-1
 agreement* is the share of rows whose most likely token is the same. A *row* is the logits after one token.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ..errors import OptionError, UnsupportedError
-from ..models.artifact import Artifact
+from ..models.artifact import GRAPH, Artifact, ArtifactWriter
 from ..models.external_data import source_sha256
 from ..models.onnx_reader import read_onnx
 from ..models.runner import Runner
@@ -37,7 +42,7 @@ from .thresholds import Limits, quality, tight
 Load = Callable[[Path, bool], Runner]
 """(path of an artifact or an `.onnx`, onnxruntime's graph optimizations on) -> Runner. The facade hands in `octavo.load`."""
 
-Comparison = Literal["reference", "original"]
+Comparison = Literal["reference", "rewrite", "original"]
 _Case = tuple[str, Callable[[Runner], Rows]]
 
 
@@ -96,6 +101,7 @@ class CheckReport:
 
 _TITLES = {
     "reference": "Against the source with fp32 weights, without onnxruntime's fusions (this decides whether the rewrite is right)",
+    "rewrite": "The same with fp32 caches (so that no rounding hides a fault of the rewrite)",
     "original": "Against the source as it stands (quality)",
 }
 
@@ -126,12 +132,19 @@ def check(
         cases = _cases(opened, runner, text, seed, notes)
         ours = _run(runner, cases, notes)
     cases = tuple(case for case in cases if case[0] in ours)
+    rewritten: dict[str, Rows] = {}
+    with tempfile.TemporaryDirectory(prefix="octavo-check-") as scratch:
+        if (twin := with_fp32_caches(opened, Path(scratch) / "fp32")) is not None:
+            say("running the artifact with fp32 caches")
+            with closing(load(twin, True)) as runner:
+                rewritten = _run(runner, cases, notes)
     with tempfile.TemporaryDirectory(prefix="octavo-check-") as scratch:
         say("dequantizing the source and running it without fusions")
         with closing(load(dequantized(Path(against), Path(scratch)), False)) as runner:
             reference = _run(runner, cases, notes)
     results = [compare("reference", name, ours[name], rows, tight(manifest.spec)) for name, rows in reference.items()]
-    del reference
+    results += [compare("rewrite", name, rows, reference[name], tight(None)) for name, rows in rewritten.items()]
+    del reference, rewritten
     say("running the source as it stands")
     with closing(load(Path(against), True)) as runner:
         original = _run(runner, cases, notes)
@@ -157,6 +170,29 @@ def _cases(artifact: Artifact, runner: Runner, text: str | None, seed: int, note
     if len(tokens.long) < max_context:
         notes.append(f"The longest case has {len(tokens.long)} tokens: what differs only at later positions, up to {max_context:,}, is not seen.")
     return tuple((case.name, partial(_logits, case, tokens)) for case in CASES)
+
+
+def with_fp32_caches(artifact: Artifact, folder: Path) -> Path | None:
+    """A copy of a paged artifact in `folder` with fp32 caches, or None where no cache rounds.
+
+    The type of a cache is that of its graph input, from which the kernels take it: nothing else of the graph differs.
+    """
+    manifest, spec = artifact.manifest, artifact.manifest.spec
+    if manifest.kind != "paged" or spec is None or all(layer.cache == "fp32" for layer in spec.cache_layers):
+        return None
+    model = onnx.load_model(artifact.graph, format="protobuf", load_external_data=False)
+    caches = {port.name for port in manifest.interface.inputs if port.role in ("cache_key", "cache_value")}
+    for value in model.graph.input:
+        if value.name in caches:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    ports = tuple(replace(port, dtype="float32") if port.name in caches else port for port in manifest.interface.inputs)
+    layers = tuple(replace(layer, cache="fp32") for layer in spec.cache_layers)
+    with ArtifactWriter(folder) as writer:
+        for name in manifest.files:
+            shutil.copyfile(artifact.folder / name, writer.folder / name)
+        (writer.folder / GRAPH).write_bytes(model.SerializeToString())
+        interface = replace(manifest.interface, inputs=ports)
+        return writer.finish(replace(manifest, spec=replace(spec, cache_layers=layers), interface=interface)).folder
 
 
 def dequantized(source: Path, folder: Path) -> Path:
