@@ -93,6 +93,7 @@ def paged_attention(
     head_sink: Array | None = None,
     alibi_slopes: Array | None = None,
     rotary_interleaved: int = 0,
+    chunk_size: int = -1,
 ) -> PagedResult:
     """contract.PAGED_ATTENTION. The caches given are left alone."""
     H, G = heads.num_heads, heads.kv_num_heads
@@ -127,6 +128,7 @@ def paged_attention(
             ancestor[int(position[at])] = at
             at = int(parent[at])
         first = 0 if heads.local_window_size < 0 else max(0, p - heads.local_window_size + 1)
+        first = max(first, p // chunk_size * chunk_size if chunk_size > 0 else 0)
         seen = np.arange(first, p + 1)
         slots = [int(slot_of_row[ancestor[j]]) if j in ancestor else _slot(block_table[sequence[t]], j, P) for j in range(first, p + 1)]
         blocks, offsets = np.divmod(np.array(slots), P)

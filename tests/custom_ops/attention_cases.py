@@ -47,12 +47,13 @@ class PagedCase:
     features: Features = Features()
     rotary: int = 0
     interleaved: int = 0
+    chunk: int = -1
     rewritten: tuple[int, ...] = ()  # rows whose slot is −1: the cache holds their key and value already
     trees: dict[int, tuple[int, ...]] = dataclass_field(default_factory=dict)
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {**self.features.attributes(self.H, self.G), "rotary_interleaved": self.interleaved}
+        return {**self.features.attributes(self.H, self.G), "rotary_interleaved": self.interleaved, "chunk_size": self.chunk}
 
     @property
     def heads(self) -> Heads:
@@ -237,6 +238,8 @@ PAGED_CASES: tuple[PagedCase, ...] = (
     PagedCase("rotary_partial_fp16", D=40, rotary=24, cache="fp16", sequences=((30, 4), (0, 18))),
     PagedCase("rotary_interleaved", D=24, rotary=16, interleaved=1, sequences=((30, 4), (0, 18))),
     *(PagedCase(f"window_{w}", features=Features(window=w), sequences=((300, 3), (0, 50), (14, 1))) for w in _WINDOWS),
+    *(PagedCase(f"chunk_{c}", chunk=c, sequences=((300, 3), (0, 50), (14, 1), (255, 3))) for c in (1, 7, 16, 64, 256, 400)),
+    PagedCase("chunk_in_a_window", chunk=40, features=Features(window=17), sequences=((300, 3), (0, 50), (79, 4)), trees={2: (-1, 0, 0, 2)}),
     PagedCase("softcap", features=Features(softcap=2.0), sequences=((20, 3), (0, 9))),
     PagedCase("sink", features=Features(sink=True), sequences=((300, 3), (0, 9))),
     PagedCase("slopes", H=8, G=2, features=Features(slopes=True), sequences=((300, 3), (0, 9))),

@@ -48,7 +48,7 @@ def random_case(seed: int) -> PagedCase:
 def test_random_step(seed: int) -> None:
     case = random_case(seed)
     inputs = case.build()
-    expected = reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, **inputs)
+    expected = reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, chunk_size=case.chunk, **inputs)
     got = run_paged(inputs, case, threads=2)
     np.testing.assert_allclose(got.output, expected.output, rtol=0, atol=case.tolerance(inputs))
     assert same_bits(got.key_cache, expected.key_cache) and same_bits(got.value_cache, expected.value_cache)

@@ -13,7 +13,7 @@ from octavo.custom_ops import reference
 
 
 def _paged_reference(case: PagedCase, inputs: dict[str, np.ndarray]) -> reference.PagedResult:
-    return reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, **inputs)
+    return reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, chunk_size=case.chunk, **inputs)
 
 
 @pytest.mark.parametrize("case", PAGED_CASES, ids=lambda c: c.name)

@@ -140,6 +140,7 @@ _BAD_ATTRIBUTES = {
     "softcap": (-1.0, 3, float("nan")),
     "local_window_size": (0, -2, 3.0),
     "rotary_interleaved": (2, -1, 1.0),
+    "chunk_size": (0, -2, 3.0),
     "is_causal": (2, -1, 1.0),
 }
 

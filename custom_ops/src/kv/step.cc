@@ -64,7 +64,9 @@ Status place_rows(const StepInput& in, std::int64_t b, RowRange* ranges, std::in
       return Status::invalid("token %lld is at position %lld, but input 'cos_cache' ends before %lld", static_cast<long long>(t),
                              static_cast<long long>(position), static_cast<long long>(in.table_rows));
     }
-    const std::int64_t first = in.window > 0 ? std::max<std::int64_t>(0, position - in.window + 1) : 0;
+    const std::int64_t window_start = in.window > 0 ? std::max<std::int64_t>(0, position - in.window + 1) : 0;
+    const std::int64_t chunk_start = in.chunk > 0 ? position - position % in.chunk : 0;
+    const std::int64_t first = std::max(window_start, chunk_start);
     ranges[t] = {static_cast<std::int32_t>(first), static_cast<std::int32_t>(position + 1), static_cast<std::int32_t>(position)};
     *lo = std::min(*lo, first);
     *hi = std::max(*hi, position + 1);

@@ -13,6 +13,7 @@ struct StepInput {
   std::int64_t T, B, M, N;
   std::int64_t P;            // block size
   std::int64_t window;       // ≥ 1, or −1
+  std::int64_t chunk;        // ≥ 1, or −1
   std::int64_t table_rows;   // positions that the rotary tables hold, −1 without rotation
   const std::int32_t* cumulative;
   const std::int32_t* past;

@@ -38,6 +38,10 @@ class PagedAttention {
     if (interleaved_ != 0 && interleaved_ != 1) {
       return Status::invalid("attribute 'rotary_interleaved' is %lld, must be 0 or 1", static_cast<long long>(interleaved_));
     }
+    OCTAVO_TRY(attributes.get("chunk_size", &chunk_));
+    if (chunk_ != -1 && chunk_ < 1) {
+      return Status::invalid("attribute 'chunk_size' is %lld, must be -1 or at least 1", static_cast<long long>(chunk_));
+    }
     return Status::ok();
   }
 
@@ -113,7 +117,7 @@ class PagedAttention {
     if (in[kAlibiSlopes].present()) OCTAVO_TRY(expect_shape(in[kAlibiSlopes], {H}, "(H)"));
     OCTAVO_TRY(check_rotary(in, D));
     *cache = {in[kKeyCache].type == ort::kFloat16 ? kCacheHalf : kCacheFloat, N, G, D, E, P, in[kKeyCache].data, in[kValueCache].data};
-    *step = {T, B, in[kBlockTable].shape[1], N, P, heads_.window, in[kCosCache].present() ? in[kCosCache].shape[0] : -1,
+    *step = {T, B, in[kBlockTable].shape[1], N, P, heads_.window, chunk_, in[kCosCache].present() ? in[kCosCache].shape[0] : -1,
              in[kCumulative].as<std::int32_t>(), in[kPast].as<std::int32_t>(), in[kBlockTable].as<std::int32_t>(),
              in[kSlotMapping].as<std::int32_t>(), in[kParent].as<std::int32_t>()};
     return Status::ok();
@@ -164,6 +168,7 @@ class PagedAttention {
 
   Heads heads_;
   std::int64_t interleaved_ = 0;
+  std::int64_t chunk_ = -1;
 };
 
 }  // namespace
