@@ -5,9 +5,10 @@ Nothing is changed. A product that is nearly a linear, and isn't taken, is refus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from ..normalize import is_standard
@@ -57,8 +58,7 @@ def find_linears(model: ir.Model, ids: str = "input_ids") -> Linears:
     gates = [_with_names(gate, by_node) for gate in gates]
     products = [site.output for site in sites] + [gate.output for gate in gates]
     residuals = {value: residual for value in products if (residual := _residual(value, shapes)) is not None}
-    weights = {site.weight: site.name for site in sites if not site.packed}
-    embeddings = tuple(table for node in graph if (table := _embedding(node, weights, ids)) is not None)
+    embeddings = tuple(table for node in graph if (table := _embedding(node, sites, ids)) is not None)
     sums = {norm.source: parts for norm in norms.values() if (parts := _sum(norm.source, shapes)) is not None}
     return Linears(tuple(sites), embeddings, tuple(gates), norms, sums, residuals, (*refusals, *refused))
 
@@ -99,7 +99,7 @@ def _dense(node: ir.Node, shapes: Mapping[ir.Value, Shape]) -> LinearSite | Refu
         constant = matrix.const_value
         if constant is not None and len(constant.shape) > 2:
             return Refusal("a weight for each of a batch", str(node.name), f"{matrix.name} is {constant.dtype.name}{list(constant.shape)}")
-        if constant is None and x.producer() is not None and is_constant(matrix):
+        if constant is None and is_constant(matrix) and not is_constant(x):
             return Refusal("its weight is computed in the graph", str(node.name), f"{matrix.name}: expected an initializer, or one transposed")
         left = _matrix(x)[0]
         return None if left is None or node.op_type != "MatMul" else Refusal("its weight is on the left", str(node.name), str(left.name))
@@ -163,7 +163,7 @@ def _sum(value: ir.Value, shapes: Mapping[ir.Value, Shape]) -> tuple[ir.Value, i
     return (a, b) if shapes.get(a) is not None and shapes.get(a) == shapes.get(b) else None
 
 
-def _embedding(node: ir.Node, weights: Mapping[ir.Value, str], name: str) -> EmbeddingSite | None:
+def _embedding(node: ir.Node, sites: Sequence[LinearSite], name: str) -> EmbeddingSite | None:
     table = node.inputs[0] if is_standard(node, "Gather") and node.attributes.get_int("axis", 0) == 0 else None
     ids = node.inputs[1] if table is not None else None
     tensor = None if table is None else table.const_value
@@ -171,7 +171,20 @@ def _embedding(node: ir.Node, weights: Mapping[ir.Value, str], name: str) -> Emb
         return None
     if not ids.is_graph_input() or ids.name != name or ids.dtype != ir.DataType.INT64:
         return None  # by position, or of few rows
-    return EmbeddingSite(weights.get(table, "embed"), node, table, int(tensor.shape[1]), int(tensor.shape[0]))
+    site = EmbeddingSite("embed", node, table, int(tensor.shape[1]), int(tensor.shape[0]))
+    shared = next((linear for linear in sites if _is_table(linear, site)), None)
+    return site if shared is None else EmbeddingSite(shared.name, node, shared.weight, site.K, site.M)
+
+
+def _is_table(linear: LinearSite, table: EmbeddingSite) -> bool:
+    """Whether a linear's weight is the table: the same initializer, or (some exporters write a turned copy) the same numbers."""
+    if linear.packed or (linear.K, linear.M) != (table.K, table.M):
+        return False
+    if linear.weight is table.weight:
+        return linear.transposed
+    assert linear.weight.const_value is not None and table.weight.const_value is not None
+    numbers = linear.weight.const_value.numpy()
+    return np.array_equal(numbers if linear.transposed else numbers.T, table.weight.const_value.numpy())
 
 
 def _with_names(gate: GateSite, sites: Mapping[ir.Node, LinearSite]) -> GateSite:

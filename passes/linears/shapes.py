@@ -111,13 +111,20 @@ def _reshaped(shape: Shape, target: Sequence[int]) -> Shape | None:
     known = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(target)]
     if -1 not in known:
         return tuple(known)
-    whole, rest = prod(dim for dim in shape if isinstance(dim, int)), prod(dim for dim in known if isinstance(dim, int) and dim != -1)
-    names, taken = Counter(dim for dim in shape if isinstance(dim, str)), Counter(dim for dim in known if isinstance(dim, str))
+    whole, names = _factors(shape)
+    rest, taken = _factors([dim for dim in known if dim != -1])
     if taken - names or rest == 0 or whole % rest:
         return None
     factor, left = whole // rest, sorted((names - taken).elements())
-    hole: Dim = factor if not left else left[0] if factor == 1 and len(left) == 1 else "·".join((str(factor), *left))
+    hole: Dim = factor if not left else "·".join(left if factor == 1 else (str(factor), *left))
     return tuple(hole if dim == -1 else dim for dim in known)
+
+
+def _factors(shape: Sequence[Dim]) -> tuple[int, Counter[str]]:
+    """The number of elements: a factor, and names. A dimension that a Reshape has made may be such a product itself."""
+    parts = [part for dim in shape for part in (dim.split("·") if isinstance(dim, str) else (dim,))]
+    numbers = [int(part) for part in parts if isinstance(part, int) or part.isdecimal()]
+    return prod(numbers), Counter(part for part in parts if isinstance(part, str) and not part.isdecimal())
 
 
 def _split(node: ir.Node, shape: Shape) -> Sequence[Shape | None]:

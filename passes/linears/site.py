@@ -40,7 +40,7 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class EmbeddingSite:
-    """Rows of a constant table [V, K] by token id. `name` is `embed`; a table that is a linear's weight too goes by that one's name."""
+    """Rows of a constant table [M, K] by token id. `name` is `embed`; a table that is a linear's weight too has that one's name and `weight`."""
 
     name: str
     node: ir.Node
