@@ -2,24 +2,28 @@
 
     normalize → dequantize → observe → match attention → (paged | contiguous | stateless) → clean → verify
 
-Every target plans before it changes anything, so that a target that refuses leaves the graph as it was and the next one is tried. What
-nothing can be made of runs as `baseline`, the graph as it was read.
+Every target plans before it changes anything, so that a target that refuses leaves the graph as it was and the next one is tried. One that
+fails later (an exception, or a lowered graph that onnxruntime doesn't run) costs reading the source again. What nothing can be made of
+runs as `baseline`, the graph as it was read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from ..errors import OptionError, RefusedError
+from ..models.interface import GraphInterface
 from ..models.onnx_reader import graph_interface
 from ..models.spec import CacheName
 from ..passes.attention.direct import DirectSite
 from ..passes.attention.direct_match import match_direct
+from ..passes.attention.expand import ExpandAttentionOps, unequal_lengths
 from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
 from ..passes.attention.lower_flash import LowerFlash, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
@@ -29,11 +33,16 @@ from ..passes.attention.site import AttentionSite
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
 from ..passes.empty_past import EmptyPast
+from ..passes.linears.lower_quant import QuantizeLinears
+from ..passes.linears.weights import WeightPlan
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
 from ..passes.observe import Observation, ObservationError, observe
 from ..passes.outcome import Outcome, Refusal
-from ..passes.verify import Verify
+from ..passes.quantize.methods import quantizer
+from ..passes.quantize.stored import Stored, find_stored
+from ..passes.trial_run import Trial
+from ..passes.verify import Verify, contract_refusals
 from .context import max_context_of
 from .features import decide
 from .ledger import Ledger
@@ -56,6 +65,15 @@ class Understood:
     direct: tuple[DirectSite, ...]
     max_context: int
     quantized: bool
+    stored: Mapping[str, Stored]
+
+
+class _DoesNotRun(Exception):
+    """A lowered graph failed its trial."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 Target = Callable[[Understood, CompileOptions, Ledger], Rewritten | None]
@@ -88,7 +106,10 @@ def _rewrite(read: Callable[[], ir.Model], folder: Path | None, options: Compile
         except (OptionError, RefusedError):
             raise
         except Exception as error:
-            ledger.caught(name, error, "lowering")
+            if isinstance(error, _DoesNotRun):
+                ledger.decide(name, "off", error.refusal.reason, error.refusal.where)
+            else:
+                ledger.caught(name, error, "lowering")
             # The target may have changed the graph before it failed.
             understood = _understand(read(), folder, options, Ledger(strict=False))
             assert understood is not None, "the same source was understood before"
@@ -109,7 +130,10 @@ def _targets(options: CompileOptions) -> list[tuple[str, Target]]:
 def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, ledger: Ledger) -> Understood | None:
     """None where the graph can't be run at the probes, or holds no attention that was understood."""
     ledger.run(Normalize(), model)
+    stored = find_stored(model) if options.quantizes else {}
     quantized = ledger.run(FoldDequantize(), model).matched > 0
+    expansion = ExpandAttentionOps()
+    ledger.run(expansion, model)
     start, nodes = perf_counter(), len(model.graph)
     try:
         observation = observe(model, graph_interface(model))
@@ -119,6 +143,12 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     max_context, reason = max_context_of(observation, folder, options)
     ledger.decide("max_context", str(max_context), reason)
     ledger.enter(Outcome("observe", nodes_before=nodes, nodes_after=nodes, seconds=perf_counter() - start))
+    unequal = unequal_lengths(observation, expansion.lengths, max_context)
+    if unequal is not None:
+        ledger.refuse([unequal])
+        return None
+    if expansion.lengths:  # proved and no longer read
+        common.RemoveUnusedNodesPass()(model)
     start = perf_counter()
     anchors = match_anchors(model, observation, max_context=max_context)
     found = [item for _, item in anchors]
@@ -133,7 +163,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     if not sites and not direct:
         ledger.refuse([Refusal("no attention was understood", "graph", f"{len(refusals)} candidates were refused")])
         return None
-    return Understood(model, observation, sites, refusals, direct, max_context, quantized)
+    return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored)
 
 
 def _told(refusals: Sequence[Refusal], read: Sequence[DirectSite | Refusal]) -> tuple[Refusal, ...]:
@@ -164,8 +194,24 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     verified = ledger.run(Verify(plan.interface), model)
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
+    _quantize(understood, options, ledger, plan.interface)
     ledger.sites = tuple(_line(site, "PagedAttention") for site in plan.sites)
     return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized)
+
+
+def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface) -> None:
+    """Linears to QuantLinear, after the rows were proved apart: the op computes each row by itself."""
+    if not options.quantizes:
+        return
+    plan = WeightPlan(
+        options.patterns, options.group_size, quantizer(options.quantizer), activation_bits=8 if options.activations == "int8" else 32,  # type: ignore[arg-type]
+    )
+    model, ids = understood.model, interface.input("input_ids")
+    ledger.run(QuantizeLinears(plan, understood.stored, ids.name if ids else ""), model)
+    ledger.run(Cleanup(), model)
+    broken = contract_refusals(model, interface)
+    if broken:
+        raise AssertionError(f"the quantized graph breaks a contract: {broken[0]}")
 
 
 def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
@@ -178,8 +224,10 @@ def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger)
         ledger.refuse([plan])
         ledger.decide("contiguous", "off", plan.reason, plan.where)
         return None
+    trial = Trial(understood.observation)
     for stage in (LowerContiguous(plan), Cleanup()):
         ledger.run(stage, understood.model)
+    _try(trial, understood.model, plan.interface, ledger, batched=False)
     targets = {layer.site.name: "GroupQueryAttention" for layer in plan.layers}
     ledger.sites = tuple(_line(site.with_rotary_in_graph(), targets.get(site.name, "")) for site in understood.sites)
     return Rewritten(understood.model, "contiguous", plan.interface, plan.spec, understood.quantized)
@@ -190,7 +238,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
     observation, model = understood.observation, understood.model
     if observation.cached and options.kv_cache is not False:
         return None    # a decoder that brings a cache keeps it, as a baseline
-    interface, target = observation.interface, ""
+    interface, target, trial = observation.interface, "", Trial(observation)
     if options.flash_attention:
         plan = plan_flash(observation, understood.sites, refused=len(understood.refusals), direct=understood.direct)
         if isinstance(plan, Refusal):
@@ -203,8 +251,15 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
         ledger.run(emptied, model)
         interface = emptied.interface
     ledger.run(Cleanup(), model)
+    _try(trial, model, interface, ledger, batched=observation.batched)
     ledger.sites = (*(_line(site.with_rotary_in_graph(), target) for site in understood.sites), *map(_direct_line, understood.direct))
     return Rewritten(model, "stateless", interface, None, understood.quantized)
+
+
+def _try(trial: Trial, model: ir.Model, interface: GraphInterface, ledger: Ledger, *, batched: bool) -> None:
+    refusals = ledger.enter(trial.run(model, interface, batched=batched)).refusals
+    if refusals:
+        raise _DoesNotRun(refusals[0])
 
 
 def _baseline(model: ir.Model) -> Rewritten:
