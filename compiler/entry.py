@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..custom_ops.contract import CACHE_LAYOUT
-from ..errors import ArtifactError, ModelError
+from ..errors import ArtifactError, ModelError, OptionError
 from ..models.artifact import REPORT, Artifact, Manifest, SourceRecord
 from ..models.external_data import source_sha256
 from ..models.gguf import import_gguf
@@ -32,7 +32,9 @@ def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions
     read), OptionError (options contradict the graph), RefusedError (`strict`, or an explicit wish that can't be had), ArtifactError (`out`
     is something else). A graph that can't be rewritten is no error: its kind is "baseline" and the report says why.
     """
-    options = options or CompileOptions()
+    options = CompileOptions() if options is None else options
+    if not isinstance(options, CompileOptions):
+        raise OptionError(f"options is a {type(options).__name__}, not CompileOptions")
     compiled = _build(source, options)
     manifest = Manifest(
         kind=compiled.rewritten.kind, interface=compiled.rewritten.interface, spec=compiled.rewritten.spec, source=compiled.record(),

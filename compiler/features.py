@@ -31,8 +31,26 @@ def decide(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> Non
     masks = sorted({site.mask for site in ledger.sites})
     proved = f"proved by evaluation at {len(ledger.sites)} sites" if masks else "no mask was understood"
     ledger.decide("masking", ", ".join(masks) or "the graph's own", proved)
-    stored = rewritten.quantized and rewritten.kind != "baseline"
-    ledger.decide("weights", "fp32" if stored else "as in the source", "stored quantized, computed in fp32" if stored else "nothing was quantized")
+    _weights(rewritten, options, ledger)
+
+
+def _weights(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
+    """RefusedError where quantized weights were asked for and the kind can't have them."""
+    outcome = next((outcome for outcome in ledger.outcomes if outcome.stage == "quantize_linears"), None)
+    if outcome is not None:
+        asked = options.weights if isinstance(options.weights, str) else ", ".join(f"{name}: {value}" for name, value in options.weights.items())
+        ledger.decide("weights", asked, "; ".join(outcome.notes) or "no linear was found")
+        dots = "int8 by groups, dynamic" if options.activations == "int8" else "fp32"
+        ledger.decide("activations", options.activations, f"{outcome.rewritten} of {outcome.matched} weights multiply activations in {dots}")
+    elif options.quantizes and options.weights != "stored":
+        raise RefusedError(
+            f"weights={options.weights!r} was asked for, and this model becomes {rewritten.kind}, whose linears stay as they are",
+            hint='use weights="fp32", and see the refusals with octavo inspect',
+        )
+    elif rewritten.quantized and rewritten.kind != "baseline":
+        ledger.decide("weights", "fp32", "stored quantized, computed in fp32")
+    else:
+        ledger.decide("weights", "as in the source", "nothing was quantized")
 
 
 def _paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import OptionError
+from ..passes.linears.precision import Precision
 
 KVCache = Literal["auto", "fp32", "fp16"]
 Masking = Literal["auto", "causal", "none"]
+Activations = Literal["int8", "fp32"]
+Quantizer = Literal["rtn", "search", "hqq"]
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """Options of `octavo.compile`.
 
+    weights          "fp32", "int8", "int4", or "stored" (what the source stores quantized stays so, to the bit), or a map of patterns over the names
+                     of linears, read in order: {"head": "int8", "layers.0.*": "fp32", "*": "int4"}. Linears that the source stores in the width
+                     asked for are taken as they are.
+    group_size       32, 64 or 128 inputs share a scale, in weights that are quantized here.
+    quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points).
+    activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
     kv_cache         "fp32", "fp16", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
                      An explicit format that the resulting kind can't have is an error, never a silent other one.
     paged            True: token-flat paged attention when every site allows it. False: the exporter's own past/present with stock GroupQueryAttention.
@@ -24,6 +35,10 @@ class CompileOptions:
     strict           every refusal becomes an error.
     """
 
+    weights: Precision | Mapping[str, Precision] = "fp32"
+    group_size: int = 32
+    quantizer: Quantizer = "search"
+    activations: Activations = "int8"
     kv_cache: KVCache | Literal[False] = "auto"
     paged: bool = True
     flash_attention: bool = True
@@ -34,16 +49,32 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
             raise OptionError(f"kv_cache={self.kv_cache!r} is not one of {_listed(KVCache)} or False")
-        if self.masking not in get_args(Masking):
-            raise OptionError(f"masking={self.masking!r} is not one of {_listed(Masking)}")
+        for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer)):
+            if getattr(self, name) not in get_args(known):
+                raise OptionError(f"{name}={getattr(self, name)!r} is not one of {_listed(known)}")
+        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+            raise OptionError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        for pattern, precision in self.patterns.items():
+            if not isinstance(pattern, str) or precision not in get_args(Precision):
+                raise OptionError(f"weights={self.weights!r}: {precision!r} is not one of {_listed(Precision)}")
         for name in ("paged", "flash_attention", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False")
         if self.max_context is not None and (isinstance(self.max_context, bool) or not isinstance(self.max_context, int) or self.max_context < 1):
             raise OptionError(f"max_context={self.max_context!r} is not a positive number of tokens")
 
+    @property
+    def patterns(self) -> Mapping[str, Precision]:
+        """`weights` as a map of patterns."""
+        return self.weights if isinstance(self.weights, Mapping) else {"*": self.weights}
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear may be stored quantized."""
+        return any(precision != "fp32" for precision in self.patterns.values())
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "weights": self.weights if isinstance(self.weights, str) else dict(self.weights)}
 
 
 def _listed(literal: Any) -> str:

@@ -130,6 +130,7 @@ def _targets(options: CompileOptions) -> list[tuple[str, Target]]:
 def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, ledger: Ledger) -> Understood | None:
     """None where the graph can't be run at the probes, or holds no attention that was understood."""
     ledger.run(Normalize(), model)
+    ledger.run(WidenHalf(), model)
     stored = find_stored(model) if options.quantizes else {}
     quantized = ledger.run(FoldDequantize(), model).matched > 0
     expansion = ExpandAttentionOps()
