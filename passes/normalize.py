@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -59,6 +60,7 @@ class Normalize(ir.passes.InPlacePass):
             modified |= step(model).modified
         modified |= _infer_more_types(model)
         modified |= _plain_casts(model)
+        modified |= _plain_products(model)
         folded, note = _fold_small(model)
         modified |= common.RemoveUnusedNodesPass()(model).modified
         notes = tuple(text for text in (note, defaults) if text)
@@ -120,6 +122,37 @@ def _plain_casts(model: ir.Model) -> bool:
             cast.metadata_props.update(node.metadata_props)
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
             changed = True
+    return changed
+
+
+def _plain_products(model: ir.Model) -> bool:
+    """FusedMatMul as what it means: Transpose, MatMul and a factor. Left where a rank is not known, or batches are transposed too."""
+    changed = False
+    for node in list(model.graph):
+        if (node.domain, node.op_type) != ("com.microsoft", "FusedMatMul") or any(node.attributes.get_int(f"transBatch{x}", 0) for x in "AB"):
+            continue
+        if any(node.attributes.get_int(f"trans{x}", 0) and (v is None or v.shape is None) for x, v in zip("AB", node.inputs)):
+            continue
+        nodes, operands = list[ir.Node](), list(node.inputs)
+        for index, letter in enumerate("AB"):
+            value = operands[index]
+            if node.attributes.get_int(f"trans{letter}", 0) and value is not None and value.shape is not None and len(value.shape) > 1:
+                rank = len(value.shape)
+                nodes.append(ir.node("Transpose", [value], {"perm": [*range(rank - 2), rank - 1, rank - 2]}, name=f"{node.name}.trans{letter}"))
+                operands[index] = nodes[-1].outputs[0]
+        nodes.append(ir.node("MatMul", operands, name=f"{node.name}.product"))
+        alpha = node.attributes.get_float("alpha", 1.0)
+        if alpha != 1.0:
+            name = f"{node.outputs[0].name}.alpha"
+            factor = ir.Value(name=name, shape=ir.Shape([]), type=node.outputs[0].type, const_value=ir.tensor(np.float32(alpha), name=name))
+            model.graph.register_initializer(factor)
+            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor], name=f"{node.name}.scaled"))
+        for made in nodes:
+            made.outputs[0].name, made.outputs[0].type = f"{made.name}.output", node.outputs[0].type
+            made.metadata_props.update(node.metadata_props)
+        nodes[-1].outputs[0].shape = node.outputs[0].shape
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
+        changed = True
     return changed
 
 

@@ -37,27 +37,43 @@ class Core:
     sinks: tuple[float, ...] = ()
 
 
-def moved_output(lab: Laboratory, value: ir.Value, heads: int, size: int, start: Layout) -> tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None:
+End = tuple[ir.Value, Layout, tuple[ir.Node, ...], tuple[ir.Value, ...]]
+"""The value that a site's result goes on as, its layout, the nodes up to it, and the conditions by which some of them replace rows by 0."""
+
+_BEHIND = MOVES | {"Where"}
+
+
+def moved_output(lab: Laboratory, value: ir.Value, heads: int, size: int, start: Layout) -> End | None:
     """The last value behind the product that is only a movement of it, in a layout we know: what a lowering replaces.
 
-    The product itself lies in the order of layout `start`.
+    The product itself lies in the order of layout `start`. Rows may be replaced on conditions that don't hold at the probes: they are for
+    the mask's proof to judge.
     """
     product, passed, path = value, list[ir.Value](), set[ir.Node]()
-    best: tuple[ir.Value, Layout, tuple[ir.Node, ...]] | None = None
+    best: End | None = None
     while True:
-        chain = next((c for computed, c in lab.graph.walk(value, MOVES) if computed == (product,) and c.leaves == computed), None)
+        chain = next((c for computed, c in lab.graph.walk(value, _BEHIND) if computed == (product,) and c.leaves == computed), None)
         layouts: tuple[Layout, ...] = (BSH, BHSD) if chain is not None and _sizes_stay(lab, passed, path) else ()
         for layout in layouts:
             assert chain is not None
             if all(_is_laid_out(lab, chain, start, layout, heads, size, probe) for probe in lab.probes):
-                best = (value, layout, chain.nodes)
+                best = (value, layout, chain.nodes, tuple(v for n in chain.nodes if n.op_type == "Where" and (v := n.inputs[0]) is not None))
                 break
         following = _only_reader(lab, value)
-        if following is None or following.op_type not in MOVES or len(following.outputs) != 1:
+        if following is None or following.op_type not in _BEHIND or len(following.outputs) != 1 or not _may_guard(lab, following):
             return best
         passed.append(value)
         path.add(following)
         value = following.outputs[0]
+
+
+def _may_guard(lab: Laboratory, node: ir.Node) -> bool:
+    """Whether a Where chooses by one condition a row."""
+    if node.op_type != "Where" or node.inputs[0] is None:
+        return True
+    dims = lab.observation.dims(node.inputs[0])
+    letters = [letter for dim in dims or () for letter in dim.letters]
+    return dims is not None and all(dim.factor == 1 for dim in dims) and letters in (["S"], ["B", "S"])
 
 
 def _only_reader(lab: Laboratory, value: ir.Value) -> ir.Node | None:

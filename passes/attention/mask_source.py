@@ -21,7 +21,8 @@ class MaskSource:
     """A `chain` from raw scores to the softmax, or an op's mask `operand` and its `is_causal`.
 
     `cached_in_op` says that the op itself puts the past before the keys, by which its causal triangle then shifts. With `sinks` a logit
-    that the bias does not reach joins the softmax, so that a constant added to a whole row counts.
+    that the bias does not reach joins the softmax, so that a constant added to a whole row counts. `guards` are conditions [B|1, …S…] by
+    which the attention's result is replaced behind the products: they must never hold for a token that is no padding.
     """
 
     heads: int
@@ -30,6 +31,7 @@ class MaskSource:
     is_causal: bool = False
     cached_in_op: bool = False
     sinks: bool = False
+    guards: tuple[ir.Value, ...] = ()
 
     def roots(self) -> tuple[ir.Value, ...]:
         """The values whose cones decide the mask."""
@@ -78,6 +80,17 @@ def bias(source: MaskSource, lab: Laboratory, situation: Situation) -> Array:
         offset = probe.past if source.cached_in_op else 0
         added = np.where(np.tri(S, T, offset, dtype=np.bool_), added, np.float32(-np.inf))
     return added
+
+
+def check_guards(source: MaskSource, lab: Laboratory, probe: Probe) -> None:
+    """Raises MaskError where a guard holds for a real token."""
+    for guard in source.guards:
+        held = lab.observation.evaluate([guard], probe)[0]
+        if held.size not in (probe.length, probe.batch * probe.length):
+            raise MaskError(f"{guard.name} replaces results and has shape {held.shape} at {probe}")
+        real = np.ones((probe.batch, probe.length), np.bool_) if probe.attention_mask is None else probe.attention_mask[:, probe.past:] != 0
+        if np.any(held.reshape(-1, probe.length) & real):
+            raise MaskError(f"{guard.name} replaces the result of a token that is no padding, at {probe}")
 
 
 def _chain_bias(chain: Chain, lab: Laboratory, situation: Situation) -> Array:

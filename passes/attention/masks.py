@@ -20,7 +20,7 @@ from ..observe import ObservationError, Probe
 from ..outcome import Refusal
 from .laboratory import Array, Laboratory
 from .mask_candidates import CANDIDATES, Candidate, Seen, find_slopes, meaning
-from .mask_source import MaskError, MaskSource, Situation, bias
+from .mask_source import MaskError, MaskSource, Situation, bias, check_guards
 from .site import Mask
 from .sparse import sparse_situations
 
@@ -64,6 +64,7 @@ class MaskProver:
         return self._padding(source, where, candidate, replace(mask, slopes=slopes, positional=self._positional(source, seen)))
 
     def _see(self, source: MaskSource, situation: Situation) -> Seen:
+        check_guards(source, self._lab, situation.probe)
         return Seen.of(situation, bias(source, self._lab, situation))
 
     def _explain(self, seen: list[Seen]) -> tuple[Candidate, Mask] | str:
@@ -99,7 +100,7 @@ class MaskProver:
         observation = self._lab.observation
         length = min(3, end) if observation.cached else end
         if length * end > 1 << 16:
-            for situation in sparse_situations(observation, source.roots(), end, sorted(self._constants(source))):
+            for situation in () if source.guards else sparse_situations(observation, source.roots(), end, sorted(self._constants(source))):
                 try:
                     found = self._see(source, situation)
                     if isinstance(self._explain([*seen, found]), tuple):
@@ -169,7 +170,7 @@ class MaskProver:
 
     def _key(self, source: MaskSource) -> str:
         spelled = (
-            source.heads, source.is_causal, source.cached_in_op, source.sinks, None if source.operand is None else self._prints.of(source.operand),
+            source.heads, source.is_causal, source.cached_in_op, source.sinks, [self._prints.of(guard) for guard in source.guards], None if source.operand is None else self._prints.of(source.operand),
             None if source.chain is None else self._prints.chain(source.chain),
         )
         return hashlib.sha256(repr(spelled).encode()).hexdigest()

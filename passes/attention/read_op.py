@@ -45,9 +45,9 @@ def read_attention_op(lab: Laboratory, node: ir.Node, where: str) -> Core | Refu
     end = moved_output(lab, node.outputs[0], heads[0], sizes[2], BHSD if len(shapes[0]) == 4 else BSH)  # type: ignore[arg-type]
     if end is None:
         return Refusal("the attention's result is in no known layout", where, f"output: {node.outputs[0].name}")
-    output, layout, behind = end
+    output, layout, behind, guards = end
     scale = attribute(node, "scale", 0.0) or 1 / float(np.sqrt(sizes[0]))
-    source = MaskSource(heads[0], operand=mask, is_causal=bool(attribute(node, "is_causal", 0)), cached_in_op=cache is not None)
+    source = MaskSource(heads[0], operand=mask, is_causal=bool(attribute(node, "is_causal", 0)), cached_in_op=cache is not None, guards=guards)
     canons = tuple(_op_canon(len(shape) == 4, n, heads[0], size) for shape, n, size in zip(shapes, heads, sizes))  # type: ignore[arg-type]
     return Core(
         where, query, key, value, canons, heads[0], (sizes[0], sizes[2]), scale, attribute(node, "softcap", 0.0), source,  # type: ignore[arg-type]

@@ -108,18 +108,20 @@ def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.No
         return Refusal("what happens to the scores is not understood", where, f"scores: {score}")
     size, value_size = q_shape[-1], v_shape[-1]
 
-    def lead(array: Array, p: Probe) -> Array:
-        shape = lab.shape(before.leaves[0], p)
+    def lead(array: Array, p: Probe, result: ir.Value = before.leaves[0]) -> Array:
+        shape = lab.shape(result, p)
         assert shape is not None
         return np.broadcast_to(array, (*shape[:-2], *array.shape[-2:])).reshape(p.batch, heads, *array.shape[-2:])
 
-    canons: tuple[Canon, Canon, Canon] = (lead, lambda array, p: lead(array.swapaxes(-1, -2), p), lead)
+    canons: tuple[Canon, Canon, Canon] = (
+        lead, lambda array, p: lead(array.swapaxes(-1, -2), p), lambda array, p: lead(array, p, product.outputs[0])
+    )
     end = moved_output(lab, product.outputs[0], heads, value_size, BHSD)
     if end is None:
         return Refusal("the attention's result is in no known layout", where, f"output: {product.outputs[0].name}")
-    output, layout, behind = end
+    output, layout, behind, guards = end
     nodes = (first, *before.nodes, node, *after.nodes, product, *behind)
-    source = MaskSource(heads, chain=before, sinks=bool(sinks))
+    source = MaskSource(heads, chain=before, sinks=bool(sinks), guards=guards)
     return Core(where, query, key, value, canons, heads, (size, value_size), score[0], score[1], source, output, layout, nodes, sinks=sinks)
 
 
