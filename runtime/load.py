@@ -34,7 +34,11 @@ def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None,
     if not isinstance(options, RuntimeOptions):
         raise OptionError(f"options is a {type(options).__name__}, not RuntimeOptions")
     path = Path(path)
-    if not path.is_dir() and path.exists():
+    try:
+        is_file = not path.is_dir() and path.exists()
+    except OSError as error:    # a name too long, a folder that may not be searched
+        raise ModelError(f"{path} can't be read: {error.strerror}", hint="check the path and its permissions") from error
+    if is_file:
         if source is not None:
             raise OptionError("source= goes with an artifact", hint="an .onnx is loaded as it stands")
         return _load_graph(path, options, DecisionLog(), tokenizer_folder=path.parent)

@@ -36,7 +36,8 @@ def open_session(graph: Path, options: RuntimeOptions, *, op_library: bool) -> o
     except Exception as error:
         message = str(error).strip()
         if any(sign in message for sign in _MISSING_OP):
-            hint = "compile the model again with this Octavo"
+            again, whole = "compile the model again with this Octavo", "a compiled artifact is loaded by its folder, not by its graph"
+            hint = again if op_library else whole
             raise LibraryError(f"{graph.name} needs ops that are not there: {message}", hint=hint) from error
         raise ModelError(f"onnxruntime can't load {graph}: {message}", hint="is it a whole ONNX model, of opset 25 or below?") from error
 

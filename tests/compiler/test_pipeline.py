@@ -73,6 +73,11 @@ def test_options_are_validated(options: dict[str, Any]) -> None:
         octavo.CompileOptions(**options)
 
 
+def test_options_of_another_type_are_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="CompileOptions"):
+        octavo.compile(tiny_onnx / "model.onnx", tmp_path / "out", options={"paged": False})  # type: ignore[arg-type]
+
+
 def test_the_mask_is_gone_and_logits_are_of_the_rows_asked_for(tiny_onnx: Path, tmp_path: Path) -> None:
     _compile(tiny_onnx / "model.onnx", tmp_path / "out")
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph

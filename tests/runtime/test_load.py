@@ -99,9 +99,14 @@ def test_paths_that_are_no_model(tmp_path, source):
     for name in ("none", "."):
         with pytest.raises(ArtifactError):
             octavo.load(tmp_path / name)
-    for name in ("empty.onnx", "text.onnx", "cut.onnx"):
+    for name in ("empty.onnx", "text.onnx", "cut.onnx", "x" * 5000):
         with pytest.raises(ModelError):
             octavo.load(tmp_path / name)
+
+
+def test_the_graph_of_an_artifact_is_no_model_of_its_own(paths, op_library):
+    with pytest.raises(LibraryError, match="loaded by its folder"):
+        octavo.load(paths.paged / "model.onnx")
 
 
 def test_a_broken_artifact(paths, tmp_path):
