@@ -205,13 +205,20 @@ def change_inputs(model: ir.Model, body: DecoderBody, ids: ir.Value, positions: 
         replacements = body.rewire(build, ids, positions)
     for old, new in replacements.items():
         old.replace_all_uses_with(new)
-    for node in graph:  # the exporter's shapes are of other inputs
-        for value in node.outputs:
-            value.shape = value.shape if value in graph.outputs else None
+    forget_sizes(graph)
     graph.inputs.clear()
     graph.inputs.extend(inputs)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     return len(replacements)
+
+
+def forget_sizes(graph: ir.Graph) -> None:
+    """Of values inside a graph whose inputs have changed: the exporter's sizes are of other inputs, and onnxruntime plans buffers by them."""
+    outputs = set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None
 
 
 def check_inputs(graph: ir.Graph) -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ..models.interface import GraphInterface
 from .build import Builder
+from .cache_interface import forget_sizes
 from .normalize import graph_size
 from .observe import Dim, Observation
 from .outcome import Outcome, PassResult
@@ -41,6 +42,7 @@ class EmptyPast(ir.passes.InPlacePass):
         with build.before(next(iter(graph))):
             for past in pasts:
                 past.replace_all_uses_with(self._empty(build, ids, past))
+        forget_sizes(graph)
         kept_outputs, kept_inputs = [v for v in graph.outputs if v.name in outputs], [v for v in graph.inputs if v not in pasts]
         graph.outputs.clear()
         graph.outputs.extend(kept_outputs)

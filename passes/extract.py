@@ -16,6 +16,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ..custom_ops import register
+
 # Below this a constant is cheaper to serialize than to feed, and some kernels insist that small operands (axes, scales) are initializers.
 LARGE = 1 << 16
 
@@ -135,9 +137,14 @@ def piece(
     return proto
 
 
-def open_session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    """A session that computes what is written: no fusion, no prepacking, no arena, one thread. Raises onnxruntime's own errors."""
+def open_session(proto: onnx.ModelProto, *, custom_ops: bool = False) -> ort.InferenceSession:
+    """A session that computes what is written: no fusion, no prepacking, no arena, one thread. Raises onnxruntime's own errors.
+
+    With `custom_ops` it knows the library's; raises LibraryError where that is missing.
+    """
     options = ort.SessionOptions()
+    if custom_ops:
+        register(options)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = 1

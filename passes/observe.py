@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..models.interface import GraphInterface
 from .extract import ConeRunner, cone, prepare
-from .probe import Dim, ObservationError, Probe, feed_of, first_line, port_of
+from .probe import Dim, Letters, ObservationError, Probe, feed_of, first_line, port_of
 from .value_kinds import Kind, Kinds
 from .value_shapes import Shapes, fit_dims, learn_shapes
 
@@ -88,6 +88,11 @@ class Observation:
     def probes(self) -> tuple[Probe, ...]:
         """The situations in which the whole graph was run."""
         return self._shapes.probes
+
+    @property
+    def letters(self) -> Letters:
+        """How sizes that only other inputs have are read, as `feed_of` takes it."""
+        return self._shapes.named
 
     @property
     def static(self) -> bool:

@@ -108,18 +108,18 @@ def _stub(model: ir.Model, logits: str) -> _Stubbed:
             nodes.append(ir.serde.serialize_node(node))
     read = {name for node in nodes for name in node.input}
     tensors = {name: tensor for name, tensor in constants_of(model.graph.initializers.values()).items() if name in read}
-    drawn = {name: tensor for name, tensor in tensors.items() if _is_drawn(tensor)}
+    weights = {name: tensor for name, tensor in tensors.items() if drawn(tensor)}
     inputs = [ir.serde.serialize_value(value) for value in model.graph.inputs if value.name in read]
-    inputs += [constant_info(name, tensor) for name, tensor in drawn.items()]
+    inputs += [constant_info(name, tensor) for name, tensor in weights.items()]
     closing = onnx.helper.make_node("Identity", [logits], ["octavo:logits"])
     proto = piece(model, (), inputs, [closing])
     proto.graph.ClearField("node")
     proto.graph.node.extend([*nodes, closing])
-    proto.graph.initializer.extend([*stubs, *(constant_proto(name, tensor) for name, tensor in tensors.items() if name not in drawn)])
+    proto.graph.initializer.extend([*stubs, *(constant_proto(name, tensor) for name, tensor in tensors.items() if name not in weights)])
     kept = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     proto.ClearField("opset_import")
     proto.opset_import.extend(kept)
-    return _Stubbed(open_session(proto), _random(drawn))
+    return _Stubbed(open_session(proto), random_weights(weights))
 
 
 def _pointwise(node: ir.Node) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
@@ -144,12 +144,12 @@ def _pointwise(node: ir.Node) -> tuple[list[onnx.NodeProto], list[onnx.TensorPro
     return nodes, constants
 
 
-def _is_drawn(tensor: ir.TensorProtocol) -> bool:
+def drawn(tensor: ir.TensorProtocol) -> bool:
     """Weights; large integer tables (int32, int64) hold indices and stay as they are."""
     return tensor.nbytes >= LARGE and (tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8) and tensor.dtype != ir.DataType.BOOL
 
 
-def _random(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ort.OrtValue]:
+def random_weights(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ort.OrtValue]:
     """Random contents, as views of one buffer per element width: memory for the largest weight, not for all."""
     draw = np.random.default_rng(3)
     buffers: dict[ir.DataType, NDArray[Any]] = {}

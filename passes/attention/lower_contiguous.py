@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ...models.interface import GraphInterface, GraphPort, Role
 from ...models.spec import CacheGroup, CacheLayer, ModelSpec
 from ..build import Builder
-from ..cache_interface import change_inputs, check_inputs, graph_input, graph_port
+from ..cache_interface import change_inputs, check_inputs, forget_sizes, graph_input, graph_port
 from ..decoder_body import DecoderBody, decoder_body, graph_value
 from ..normalize import graph_size
 from ..observe import Observation
@@ -211,6 +211,7 @@ class LowerContiguous(ir.passes.InPlacePass):
         for value in graph.inputs:  # one sequence a run
             if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
                 value.shape = ir.Shape([1, *list(value.shape)[1:]])
+        forget_sizes(graph)
 
     def ensures(self, model: ir.Model) -> None:
         check_inputs(model.graph)

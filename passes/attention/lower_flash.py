@@ -16,7 +16,7 @@ import onnx_ir as ir
 from ...custom_ops.contract import DOMAIN, FLASH_ATTENTION, OPSET
 from ...models.interface import GraphInterface
 from ..build import Builder
-from ..cache_interface import check_inputs
+from ..cache_interface import check_inputs, forget_sizes
 from ..decoder_body import graph_value
 from ..extract import reads
 from ..normalize import graph_size
@@ -168,6 +168,8 @@ class LowerFlash(ir.passes.InPlacePass):
         inputs = {port.name for port in self._plan.interface.inputs}
         outputs = {port.name for port in self._plan.interface.outputs}
         kept_inputs, kept_outputs = [v for v in graph.inputs if v.name in inputs], [v for v in graph.outputs if v.name in outputs]
+        if len(kept_inputs) < len(graph.inputs):
+            forget_sizes(graph)
         graph.inputs.clear()
         graph.inputs.extend(kept_inputs)
         graph.outputs.clear()
