@@ -22,6 +22,8 @@ DirectLayout = Literal["BHSD", "BSH", "BHDS", "NSD", "NDS"]
 
 _TOKENS_FIRST: dict[str, tuple[int, ...]] = {"BHSD": (0, 2, 1, 3), "BHDS": (0, 3, 1, 2), "NSD": (0, 1, 2), "NDS": (0, 2, 1)}
 
+_TOKENS_AT = {"BHSD": 2, "BSH": 1, "BHDS": 3, "NSD": 1, "NDS": 2}
+
 Size = int | str | None
 """A dimension: fixed, named (equal names are equal sizes), or unknown."""
 
@@ -42,8 +44,8 @@ class GivenMask(ABC):
     text: str
 
     @abstractmethod
-    def write(self, build: Builder, query: ir.Value, key: ir.Value) -> Visibility:
-        """`query` is [B, S, H·D] and `key` [B, T, G·D], as the op is given them."""
+    def write(self, build: Builder, S: ir.Value, T: ir.Value) -> Visibility:
+        """`S` and `T` are how many queries and keys there are, int64 [1]."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class DirectSite:
         with build.before(place):
             key, value = self._grown(build, 0), self._grown(build, 1)
             rows = [_rows(build, operand) for operand in (self.query, key, value)]
-            visible = self.mask.write(build, rows[0], rows[1])
+            # Sizes are asked of what the graph had before: onnxruntime may fold the Shape of two Reshapes in a row to something else.
+            visible = self.mask.write(build, *(build.size(operand.value, _TOKENS_AT[operand.layout]) for operand in (self.query, key)))
             given = {"query": rows[0], "key": rows[1], "value": rows[2], "attention_bias": visible.attention_bias, "key_mask": visible.key_mask}
             last = max(FLASH_ATTENTION.input_index(name) for name, operand in given.items() if operand is not None)
             attributes = {

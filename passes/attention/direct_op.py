@@ -111,12 +111,12 @@ class OpMask(GivenMask):
         parts += ["mask as given"] if self.mask is not None else []
         return ", ".join([*parts, *(["key lengths"] if self.nonpad is not None else [])]) or "bidirectional"
 
-    def write(self, build: Builder, query: ir.Value, key: ir.Value) -> Visibility:
+    def write(self, build: Builder, S: ir.Value, T: ir.Value) -> Visibility:
         native = self.is_causal and self.aligned
-        parts = self._bands(build, query, key, native)
+        parts = self._bands(build, S, T, native)
         added = None
         if self.mask is not None:
-            whole = self._filled(build, key)
+            whole = self._filled(build, T)
             if self.mask.dtype == ir.DataType.BOOL:
                 parts.append(whole)
             else:
@@ -126,10 +126,10 @@ class OpMask(GivenMask):
             added = build.op("Where", [seen, added, scalar(build, -np.inf, np.float32)])[0]
             added.type = ir.TensorType(ir.DataType.FLOAT)
         return Visibility(
-            added if added is not None else seen, self._key_mask(build, key), native, self.left + 1 if native and self.left >= 0 else -1,
+            added if added is not None else seen, self._key_mask(build, T), native, self.left + 1 if native and self.left >= 0 else -1,
         )
 
-    def _bands(self, build: Builder, query: ir.Value, key: ir.Value, native: bool) -> list[ir.Value]:
+    def _bands(self, build: Builder, S: ir.Value, T: ir.Value, native: bool) -> list[ir.Value]:
         """Bool [B|1, 1, S, T] of the triangle and of each side of the window, where no attribute says it."""
         wanted = [(name, far) for name, far, asked in (
             ("LessOrEqual", 0, self.is_causal), ("LessOrEqual", self.right, self.right >= 0 and not self.is_causal),
@@ -137,13 +137,13 @@ class OpMask(GivenMask):
         ) if asked and not native]
         if not wanted:
             return []
-        rows = build.op("Unsqueeze", [counted(build, build.size(query, 1)), build.integers([1])])[0]
+        rows = build.op("Unsqueeze", [counted(build, S), build.integers([1])])[0]
         if self.past is not None:
             rows = build.op("Add", [rows, build.size(self.past, 2)])[0]
         elif self.nonpad is not None:
-            offset = build.op("Sub", [build.cast(self.nonpad, ir.DataType.INT64), build.size(query, 1)])[0]
+            offset = build.op("Sub", [build.cast(self.nonpad, ir.DataType.INT64), S])[0]
             rows = build.op("Add", [rows, build.reshape(offset, [-1, 1, 1, 1])])[0]
-        keys = counted(build, build.size(key, 1))
+        keys = counted(build, T)
         bands = []
         for op, far in wanted:
             bound = rows if far == 0 else build.op("Add", [rows, build.integers([far])])[0]
@@ -151,20 +151,20 @@ class OpMask(GivenMask):
             bands.append(band if self.nonpad is not None and self.past is None else four_dimensions(build, band, 2))
         return bands
 
-    def _filled(self, build: Builder, key: ir.Value) -> ir.Value:
+    def _filled(self, build: Builder, T: ir.Value) -> ir.Value:
         """The mask in four dimensions, its last one T."""
         assert self.mask is not None
         mask = four_dimensions(build, self.mask, self.rank)
-        missing = build.op("Sub", [build.size(key, 1), build.size(self.mask, self.rank - 1)])[0]
+        missing = build.op("Sub", [T, build.size(self.mask, self.rank - 1)])[0]
         pads = build.op("Concat", [build.integers([0] * 7), missing], {"axis": 0})[0]
         fill = scalar(build, False, np.bool_) if mask.dtype == ir.DataType.BOOL else build.cast(scalar(build, -np.inf, np.float32), mask.dtype)
         return build.op("Pad", [mask, pads, fill])[0]
 
-    def _key_mask(self, build: Builder, key: ir.Value) -> ir.Value | None:
+    def _key_mask(self, build: Builder, T: ir.Value) -> ir.Value | None:
         if self.nonpad is None:
             return None
         lengths = build.op("Unsqueeze", [build.cast(self.nonpad, ir.DataType.INT64), build.integers([1])])[0]
-        return _bool(build, "Less", [counted(build, build.size(key, 1)), lengths])
+        return _bool(build, "Less", [counted(build, T), lengths])
 
 
 def counted(build: Builder, size: ir.Value) -> ir.Value:

@@ -86,7 +86,7 @@ def _forward_to_product(observation: Observation, result: ir.Value) -> ir.Node |
     """The product with the values, where the result goes there alone; a guard against rows of NaN is passed."""
     value = result
     while True:
-        users = [use for use in value.uses()]
+        users = list(value.uses())
         if value.is_graph_output() or not users:
             return None
         guard = {use.node.op_type: use.node for use in users}
@@ -213,9 +213,10 @@ def _end(product: ir.Value, rank: int) -> tuple[ir.Value, Literal["BHSD", "BSHD"
     if rank == 3:
         return product, "NSD"
     users = list(product.uses())
-    if len(users) == 1 and not product.is_graph_output() and users[0].node.op_type == "Transpose" and users[0].node.domain == "":
-        if tuple(users[0].node.attributes.get_ints("perm", ())) == (0, 2, 1, 3):
-            return users[0].node.outputs[0], "BSHD"
+    if len(users) == 1 and not product.is_graph_output():
+        user = users[0].node
+        if (user.domain, user.op_type) == ("", "Transpose") and tuple(user.attributes.get_ints("perm", None) or ()) == (0, 2, 1, 3):
+            return user.outputs[0], "BSHD"
     return product, "BHSD"
 
 
@@ -230,7 +231,7 @@ class SumMask(GivenMask):
     def text(self) -> str:  # type: ignore[override]
         return "bias as given" if self.terms else "bidirectional"
 
-    def write(self, build: Builder, query: ir.Value, key: ir.Value) -> Visibility:
+    def write(self, build: Builder, S: ir.Value, T: ir.Value) -> Visibility:
         total: ir.Value | None = None
         for term in self.terms:
             value = self._spread(build, term)
@@ -244,7 +245,7 @@ class SumMask(GivenMask):
                 total = self._float(build, total)
             total = value if total is None else build.op("Add", [total, value])[0]
         if total is not None and not any(term.wide for term in self.terms):  # one value for all keys: the op wants one for each
-            shape = build.op("Concat", [build.integers([1, 1, 1]), build.size(key, 1)], {"axis": 0})[0]
+            shape = build.op("Concat", [build.integers([1, 1, 1]), T], {"axis": 0})[0]
             total = build.op("Expand", [total, shape])[0]
         return Visibility(total)
 
