@@ -31,7 +31,7 @@ Packed = tuple[ir.Value, WeightFormat]
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
-    """Carries a WeightPlan out. `stored` is what `find_stored` saw before constants were folded; `ids` the input with the token ids.
+    """Carries a WeightPlan out; afterwards `rounded` names the linears whose weights are not what the graph meant. `stored` is what `find_stored` saw before constants were folded; `ids` the input with the token ids.
 
     Raises OptionError for patterns that name nothing and groups that don't divide, ModelError for weights that are not finite.
     """
@@ -39,6 +39,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
     def __init__(self, plan: WeightPlan, stored: Mapping[str, Stored], ids: str = "input_ids") -> None:
         super().__init__()
         self._plan, self._stored, self._ids = plan, stored, ids
+        self.rounded: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> PassResult:
         start, (nodes, size) = perf_counter(), graph_size(model)
@@ -54,6 +55,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             model.opset_imports[DOMAIN] = OPSET
             common.RemoveUnusedNodesPass()(model)
             common.TopologicalSortPass()(model)
+        self.rounded = weights.rounded
         count, after = len(linears.names), graph_size(model)
         notes = (*weights.notes(), f"{writer.rewritten} of {count} weights in {writer.written} nodes") if writer.written else ()
         outcome = Outcome(
@@ -106,7 +108,7 @@ class _Writer:
                 continue  # the linear that shares it stays as it is
             packed, fmt = self._packed[key]
             with self._build.before(site.node):
-                rows = self._op(QUANT_EMBEDDING, {"ids": site.node.inputs[1], "weight": packed}, fmt.attributes(), site.name)[0]
+                rows = self._op(QUANT_EMBEDDING, {"ids": site.node.inputs[1], "weight": packed}, fmt.attributes(), str(site.node.name))[0]
             self._replace(site.node.outputs[0], rows)
 
     def _pack(self, product: Product, weights: Mapping[ir.Node, QuantizedWeight]) -> Packed:

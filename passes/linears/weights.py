@@ -52,6 +52,7 @@ class Weights:
         self._plan, self._precision, self._stored = plan, precision, stored
         self._counts: dict[str, list[str]] = {}
         self.refusals: list[Refusal] = []
+        self.rounded: tuple[str, ...] = ()
 
     def of(self, site: LinearSite | EmbeddingSite) -> QuantizedWeight | None:
         """The weight [M, K] as it shall be stored; None where it stays in the graph as it is.
@@ -76,6 +77,7 @@ class Weights:
             return None
         scheme = self._plan.scheme(wanted)
         self._count(f"{scheme}{'' if found is None else ', quantized again'}", site)
+        self.rounded = (*self.rounded, site.name)
         return self._plan.quantize(floats, scheme, str(site.weight.name))
 
     def _as_stored(self, site: LinearSite | EmbeddingSite) -> QuantizedWeight | Refusal | None:
