@@ -43,6 +43,7 @@ from ..passes.quantize.methods import quantizer
 from ..passes.quantize.stored import Stored, find_stored
 from ..passes.trial_run import Trial
 from ..passes.verify import Verify, contract_refusals
+from ..passes.widen import WidenHalf
 from .context import max_context_of
 from .features import decide
 from .ledger import Ledger
