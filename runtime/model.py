@@ -19,6 +19,7 @@ from ..models.runner import Ids
 from ..models.spec import Kind
 from .bfloat16 import run_named
 from .decisions import DecisionLog
+from .embed import Embedder, Pooling
 from .engine import Engine
 from .executor import Executor, step_error
 from .plan import SequenceState
@@ -29,6 +30,9 @@ from .sampling import SamplingParams
 from .session import Session, append, check_length
 from .stream import PieceStream
 from .text import TextStream, Tokenizer
+
+# Ids are held against the table by the graph that has it.
+_ANY_ID = 1 << 31
 
 
 class Model:
@@ -111,6 +115,17 @@ class Model:
                 raise RequestError(f"the inputs don't fit the graph: {str(error).strip()}") from error
             raise step_error(error) from error
         return dict(zip((port.name for port in self._interface.outputs), outputs))
+
+    def embed(self, texts: Any, *, pooling: Pooling = "mean") -> NDArray[np.float32]:
+        """float32 [N, K]: a vector of each text (text, or token ids; one or several), pooled over its tokens' last hidden states.
+
+        pooling: "mean" over the tokens, "cls" the first token's, "last" the last one's. UnsupportedError where the graph gives no states.
+        """
+        self.check_open()
+        if self._kind == "paged":
+            raise UnsupportedError('a "paged" model gives logits alone', hint="compile with kv_cache=False; the graph must give hidden states")
+        embedder = Embedder(self._session, self._interface)
+        return embedder.embed([encode_prompt(text, self.tokenizer, _ANY_ID) for text in as_prompts(texts)], pooling)
 
     def begin_session(self) -> Session:
         """A scope for sequences. `with` is optional."""
