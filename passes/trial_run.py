@@ -39,11 +39,9 @@ class Trial:
         return Outcome("trial", "runs", count, 0 if refusals else count, refusals, (), nodes, nodes, size, size, perf_counter() - start)
 
     def _situation(self, probe: Probe, interface: GraphInterface, *, batched: bool) -> Probe:
-        if interface.input("past_key", 0) is None:
-            past = 0
-        else:
-            past = probe.past if self._cached else 1
-        return replace(probe, batch=probe.batch if batched else 1, past=past)
+        cached = any(port.role == "past_key" for port in interface.inputs)
+        past = probe.past if self._cached else 1    # where only the lowered graph has a cache, the source says nothing of one
+        return replace(probe, batch=probe.batch if batched else 1, past=past if cached else 0)
 
     def _refusals(self, model: ir.Model, interface: GraphInterface, probes: list[Probe]) -> tuple[Refusal, ...]:
         try:
@@ -60,7 +58,8 @@ class Trial:
                 port = next(port for port in interface.outputs if port.name == value.name)
                 expected = self._expected(port, probe)
                 if expected is not None and expected != array.shape:
-                    return (Refusal(f"output {port.name} is not as long as the source's", f"trial run: {probe}", f"expected {expected}, found {array.shape}"),)
+                    reason = f"output {port.name} is not as long as the source's"
+                    return (Refusal(reason, f"trial run: {probe}", f"expected {expected}, found {array.shape}"),)
         return ()
 
     def _expected(self, port: GraphPort, probe: Probe) -> tuple[int, ...] | None:

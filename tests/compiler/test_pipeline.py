@@ -117,6 +117,36 @@ def test_an_exception_in_a_target_is_recorded_and_the_next_one_is_taken(tiny_onn
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_lowered_graph_that_does_not_run_is_not_taken(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = pipeline.LowerContiguous.call
+
+    def broken(self: Any, model: ir.Model) -> Any:
+        result = lower(self, model)
+        for node in model.graph:
+            if node.op_type == "Mul":
+                node.outputs[0].shape = ir.Shape([7])    # onnxruntime believes what a graph says
+        return result
+
+    monkeypatch.setattr(pipeline.LowerContiguous, "call", broken)
+    report, ops, decided = _compile(tiny_onnx / "model.onnx", tmp_path / "out", paged=False)
+    assert report.kind == "baseline" and ops["Attention"] == 2 and not ops["GroupQueryAttention"]
+    assert decided["contiguous"] == "off"
+    assert any(refusal.reason in ("the lowered graph does not run", "the lowered graph does not load") for refusal in report.refusals)
+    assert _relative_error(tmp_path / "out", tiny_onnx) < 1e-5
+    with pytest.raises(RefusedError, match="the lowered graph does not"):
+        _compile(tiny_onnx / "model.onnx", tmp_path / "strict", paged=False, strict=True)
+
+
+def test_sizes_of_other_inputs_are_not_kept(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Beside an attention that stays the exporter's inputs do too, for one sequence: what it said of several is not true any more."""
+    source = _with_a_hole(tiny_onnx, tmp_path / "holed")
+    before = onnx.load(source / "model.onnx", load_external_data=False).graph
+    assert any(value.type.tensor_type.shape.dim for value in before.value_info)
+    _compile(source / "model.onnx", tmp_path / "out")
+    after = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert not [value.name for value in after.value_info if any(dim.dim_param for dim in value.type.tensor_type.shape.dim)]
+
+
 @pytest.mark.parametrize("stage", ["Normalize", "FoldDequantize"])
 def test_a_model_that_cannot_be_rewritten_is_a_baseline_with_the_exception(
     stage: str, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
