@@ -1,17 +1,19 @@
 # make demo   from a bare checkout to an answer of a real model: under 5 minutes on 2 cores
 # make test   everything the tests need, then the tests: under 15
+# make coverage   docs/coverage.md, families × exporters: hours the first time; what is done is kept in ~/.cache/octavo-coverage
 # Needed beforehand: Python 3.11 or newer, a C++20 compiler, make. All else goes into .venv; a second call installs only what changed.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
+VENV4  := .venv4
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 ROOMS   := models custom_ops passes compiler runtime
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types coverage clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package $(VENV)/.smollm2
@@ -28,8 +30,12 @@ types: $(VENV)/.package $(VENV)/.test
 	@mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/octavo
 	cd build/types && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -m octavo -m octavo.errors -m octavo.__main__ $(ROOMS:%=-p octavo.%)
 
+# transformers 4 and 5 export differently, and Optimum works with 4 alone: it has an environment of its own, without octavo.
+coverage: $(VENV)/.export $(VENV)/.genai $(VENV4)/.optimum
+	$(BIN)/python tests/coverage/run.py --gate --python4 $(VENV4)/bin/python
+
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VENV4)
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -59,4 +65,14 @@ $(VENV)/.export: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/.genai: $(VENV)/.export
+	$(PIP) onnxruntime-genai==0.18.0
+	@touch $@
+
+$(VENV4)/.optimum: $(VENV)/.python
+	$(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV4)/bin/python -m pip --disable-pip-version-check install --quiet "transformers==4.57.*" optimum-onnx onnx onnxruntime onnxscript
 	@touch $@

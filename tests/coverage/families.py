@@ -20,6 +20,7 @@ class Family:
     """A decoder family. `lengths`: tokens of each sequence it is checked on; the last `decode` of them are also fed one at a time.
 
     `varies` says in a few words what it is here for. `expected` names the only refusal that is allowed ("" = it must page).
+    A family with `experts` may be refused where an exporter dispatches them across tokens.
     """
 
     name: str
@@ -28,6 +29,10 @@ class Family:
     lengths: tuple[int, ...] = (37, 18, 6)
     decode: int = 5
     expected: str = ""
+
+    @property
+    def experts(self) -> bool:
+        return any("experts" in key for key in self.config)
 
     @property
     def head_size(self) -> int:
@@ -216,7 +221,7 @@ def _families() -> Iterable[Family]:
     yield family("minicpm3", "minicpm3", _BASE, "latent attention, dense", expected="MLA", num_key_value_heads=4, kv_lora_rank=16,
                  q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
     yield family("diffllama", "diffllama", _HEAD, "a difference of two softmaxes")
-    yield family("doge", "doge", _BASE, "a mask made of the values", expected="a mask that depends on activations", keep_window_size=64)
+    yield family("doge", "doge", _BASE, "a mask made of the values", keep_window_size=64)
     yield family("lfm2", "lfm2", _BASE, "short convolutions between attention layers", expected="recurrent or convolutional state",
                  layer_types=["conv", "full_attention"], conv_L_cache=3)
     yield family("mamba", "mamba", {}, "state space", expected="recurrent or convolutional state", vocab_size=320, hidden_size=32,

@@ -3,6 +3,7 @@
     python tests/coverage/run.py                                       # everything that is not in the cache yet
     python tests/coverage/run.py --families llama,gpt2 --exporters dynamo18,optimum
     python tests/coverage/run.py --only export                         # the graphs alone: CACHE/{family}-{hash}/{exporter}/model.onnx
+    python tests/coverage/run.py --keep paged --python4 …              # after a change: what is not paged again, and what is new
 
 Two environments export (`--python5`: transformers 5, `--python4`: transformers 4.57 with optimum-onnx), a third process compiles and checks
 (`--python`, with octavo installed). Cells are cached by content under `--cache`: an export by its family and the versions of its exporter,
@@ -23,7 +24,7 @@ from typing import Any
 from exporters import EXPORTERS
 from families import FAMILIES
 from processes import Worker
-from report import summary, write
+from report import Report, summary
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -44,6 +45,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "octavo-coverage")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds per cell and half")
     parser.add_argument("--fresh", action="store_true", help="do again what is asked for, whatever the cache has")
+    parser.add_argument("--keep", choices=("none", "paged", "all"), default="none", help="checks that other sources of octavo made, and that still count")
+    parser.add_argument("--gate", action="store_true", help="exit code 2 where a cell is wrong or an error, or too few are paged")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of coverage.md and coverage.json")
     return parser.parse_args()
 
@@ -89,15 +92,19 @@ class Matrix:
         folder = self.folder(family, exporter)
         record = folder.parent / f"{exporter}.check.json"
         if record.is_file() and not self._arguments.fresh:
-            known = json.loads(record.read_text())
-            if known.get("octavo") == self._octavo:
-                return known  # type: ignore[no-any-return]
+            known: dict[str, Any] = json.loads(record.read_text())
+            if known.get("octavo") == self._octavo or self._kept(known):
+                return {**known, "older": known.get("octavo") != self._octavo}
         if self._arguments.only == "report":
             return _UNKNOWN
         answer = self._checking.ask({"family": family, "folder": str(folder)}, self._arguments.timeout)
         answer["octavo"] = self._octavo
         record.write_text(json.dumps(answer, indent=1) + "\n")
         return answer
+
+    def _kept(self, known: dict[str, Any]) -> bool:
+        paged = (known["status"], known.get("kind")) == ("right", "paged")
+        return self._arguments.keep == "all" or (self._arguments.keep == "paged" and paged)
 
     def cell(self, family: str, exporter: str) -> dict[str, Any]:
         exported = self.export(family, exporter)
@@ -153,7 +160,12 @@ def main() -> None:
     finally:
         matrix.close()
     if arguments.only != "export":
-        write(cells, matrix.versions(), arguments.out)
+        report = Report(cells, matrix.versions())
+        report.write(arguments.out)
+        print(report.totals())
+        if arguments.gate and (why := report.fault()):
+            print(why, file=sys.stderr)
+            raise SystemExit(2)
 
 
 if __name__ == "__main__":
