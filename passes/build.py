@@ -76,6 +76,20 @@ class Builder:
         out.shape = ir.Shape([None if size == -1 else size for size in shape])
         return out
 
+    def reshape_behind(self, value: ir.Value, tail: Sequence[int]) -> ir.Value:
+        """`value` with its first two dimensions as they are and `tail` behind them.
+
+        After a Reshape with allowzero their sizes are written out: onnxruntime makes one Reshape of two, and a 0 that keeps a size in ours
+        would then be a size.
+        """
+        node = value.producer()
+        if node is None or node.op_type != "Reshape" or not node.attributes.get_int("allowzero", 0):
+            return self.reshape(value, [0, 0, *tail])
+        shape = self.op("Concat", [self.size(value, 0), self.size(value, 1), self.integers(tail)], {"axis": 0})[0]
+        out = self.op("Reshape", [value, shape])[0]
+        out.shape = ir.Shape([None, None, *tail])
+        return out
+
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         return self.op("Transpose", [value], {"perm": list(order)})[0]
 

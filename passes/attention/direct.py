@@ -17,12 +17,12 @@ from ...custom_ops.contract import DOMAIN, FLASH_ATTENTION
 from ..build import Builder
 from ..observe import Observation
 
-# BHSD and BSH as everywhere; BHDS is a transposed key; NSD and NDS are one head each, whatever was folded into N.
-DirectLayout = Literal["BHSD", "BSH", "BHDS", "NSD", "NDS"]
+# BHSD and BSH as everywhere, BSHD between them; BHDS is a transposed key; NSD and NDS are one head each, whatever was folded into N.
+DirectLayout = Literal["BHSD", "BSH", "BSHD", "BHDS", "NSD", "NDS"]
 
-_TOKENS_FIRST: dict[str, tuple[int, ...]] = {"BHSD": (0, 2, 1, 3), "BHDS": (0, 3, 1, 2), "NSD": (0, 1, 2), "NDS": (0, 2, 1)}
+_TOKENS_FIRST: dict[str, tuple[int, ...]] = {"BHSD": (0, 2, 1, 3), "BSHD": (0, 1, 2, 3), "BHDS": (0, 3, 1, 2), "NSD": (0, 1, 2), "NDS": (0, 2, 1)}
 
-_TOKENS_AT = {"BHSD": 2, "BSH": 1, "BHDS": 3, "NSD": 1, "NDS": 2}
+_TOKENS_AT = {"BHSD": 2, "BSH": 1, "BSHD": 1, "BHDS": 3, "NSD": 1, "NDS": 2}
 
 Size = int | str | None
 """A dimension: fixed, named (equal names are equal sizes), or unknown."""
@@ -63,7 +63,6 @@ class DirectSite:
     """An attention and where it goes. `past` is put before key and value, and the grown ones replace `present`; both [B, G, T, D]."""
 
     name: str
-    anchor: ir.Node
     query: Operand
     key: Operand
     value: Operand
@@ -107,7 +106,7 @@ class DirectSite:
             return operand
         heads_first = operand.value
         if operand.layout == "BSH":
-            heads_first = build.transpose(build.reshape(operand.value, [0, 0, operand.heads, operand.size]), (0, 2, 1, 3))
+            heads_first = build.transpose(build.reshape_behind(operand.value, [operand.heads, operand.size]), (0, 2, 1, 3))
         if self.past is not None:
             heads_first = build.op("Concat", [self.past[index], heads_first], {"axis": 2})[0]
         return Operand(heads_first, "BHSD", operand.heads, operand.size)
@@ -115,7 +114,7 @@ class DirectSite:
     def _laid_out(self, build: Builder, attention: ir.Value) -> ir.Value:
         if self.output_layout in ("BSH", "NSD"):
             return attention
-        split = build.reshape(attention, [0, 0, self.query.heads, self.value.size])
+        split = build.reshape_behind(attention, [self.query.heads, self.value.size])
         return split if self.output_layout == "BSHD" else build.transpose(split, (0, 2, 1, 3))
 
 
@@ -143,14 +142,14 @@ def _rows(build: Builder, operand: Operand) -> ir.Value:
             value, order = producer.inputs[0], tuple(before[axis] for axis in order)
         if order != tuple(range(len(order))):
             value = build.transpose(value, order)
-        if layout in ("BHSD", "BHDS"):
-            value = build.reshape(value, [0, 0, operand.heads * operand.size])
+        if layout in ("BHSD", "BSHD", "BHDS"):
+            value = build.reshape_behind(value, [operand.heads * operand.size])
     return build.cast(value, ir.DataType.FLOAT)
 
 
-def sizes_of(value: ir.Value, observation: Observation | None) -> list[Size] | None:
+def sizes_of(value: ir.Value, observation: Observation) -> list[Size] | None:
     """A value's dimensions as observed, else as the graph declares them; None where neither knows the rank."""
-    dims = None if observation is None else observation.dims(value)
+    dims = observation.dims(value)
     if dims is not None:
         return [dim.factor if not dim.letters else str(dim) for dim in dims]
     if value.shape is None:

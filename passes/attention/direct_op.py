@@ -18,6 +18,8 @@ from ..observe import Observation
 from ..outcome import Refusal
 from .chain import attribute
 from .direct import DirectSite, GivenMask, Operand, Size, Visibility, four_dimensions, same, scalar, sizes_of
+from .direct_operand import traced_operands
+from .laboratory import Laboratory
 
 _ATTRIBUTES = frozenset({
     "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision", "left_window_size", "right_window_size",
@@ -25,8 +27,9 @@ _ATTRIBUTES = frozenset({
 _COMPUTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def read_direct_op(node: ir.Node, observation: Observation | None, name: str) -> DirectSite | Refusal:
-    """The site, or what it asks for that FlashAttention does not give. Sizes come from `observation`, without one from the graph."""
+def read_direct_op(node: ir.Node, lab: Laboratory, name: str) -> DirectSite | Refusal:
+    """The site, or what it asks for that FlashAttention does not give."""
+    observation = lab.observation
     inputs: list[ir.Value | None] = [*node.inputs, *[None] * (7 - len(node.inputs))]
     query, key, value, mask, past_key, past_value, nonpad = inputs[:7]
     reason = _problem(node)
@@ -56,9 +59,13 @@ def read_direct_op(node: ir.Node, observation: Observation | None, name: str) ->
         None if past is None else past[0], nonpad, aligned=nonpad is None and same(*lengths),
     )
     present = [*node.outputs[1:3], None, None][:2]
+    scale = attribute(node, "scale", 0.0) or float(q.size) ** -0.5
+    by_head = q.layout == "BHSD"
+    if past is None and len(node.outputs) == 1:
+        scale, q, k, v = traced_operands(lab, scale, q, k, v)
     return DirectSite(
-        name, node, q, k, v, attribute(node, "scale", 0.0) or float(q.size) ** -0.5, attribute(node, "softcap", 0.0), given, node.outputs[0],
-        "BHSD" if q.layout == "BHSD" else "BSH", past, (present[0], present[1]),
+        name, q, k, v, scale, attribute(node, "softcap", 0.0), given, node.outputs[0],
+        "BHSD" if by_head else "BSH", past, (present[0], present[1]),
     )
 
 
@@ -76,7 +83,7 @@ def _problem(node: ir.Node) -> str | None:
     return None
 
 
-def _operand(value: ir.Value, observation: Observation | None, heads: int) -> Operand | None:
+def _operand(value: ir.Value, observation: Observation, heads: int) -> Operand | None:
     sizes = sizes_of(value, observation)
     if sizes is None or len(sizes) not in (3, 4):
         return None
@@ -86,7 +93,7 @@ def _operand(value: ir.Value, observation: Observation | None, heads: int) -> Op
     return Operand(value, "BSH", heads, width // heads) if isinstance(width, int) and heads and width % heads == 0 else None
 
 
-def _length(value: ir.Value, observation: Observation | None) -> Size:
+def _length(value: ir.Value, observation: Observation) -> Size:
     sizes = sizes_of(value, observation)
     return None if sizes is None else sizes[-2]
 

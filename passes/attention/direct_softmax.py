@@ -17,6 +17,8 @@ from ..observe import Observation
 from ..outcome import Refusal
 from .chain import attribute
 from .direct import DirectSite, GivenMask, Operand, Size, Visibility, four_dimensions, same, scalar, sizes_of
+from .direct_operand import traced_operands
+from .laboratory import Laboratory
 from .mask_source import HIDDEN
 
 _PASSED = frozenset({"Identity", "Dropout", "Cast"})
@@ -31,8 +33,9 @@ class _Step:
     path: int
 
 
-def read_direct_softmax(node: ir.Node, observation: Observation, name: str) -> DirectSite | Refusal | None:
+def read_direct_softmax(node: ir.Node, lab: Laboratory, name: str) -> DirectSite | Refusal | None:
     """The site, or how far the walk got; None where no product of data lies on either side."""
+    observation = lab.observation
     scores = node.inputs[0]
     assert scores is not None
     steps = _back_to_product(observation, scores)
@@ -61,7 +64,8 @@ def read_direct_softmax(node: ir.Node, observation: Observation, name: str) -> D
     if isinstance(read, str):
         return Refusal("what happens to the scores is not understood", name, f"scores: {read}")
     output, layout = _end(product.outputs[0], len(s))
-    return DirectSite(name, node, *operands, read.scale, read.softcap, read.mask, output, layout)
+    scale, *traced = traced_operands(lab, read.scale, *operands)
+    return DirectSite(name, *traced, scale, read.softcap, read.mask, output, layout)
 
 
 def _back_to_product(observation: Observation, scores: ir.Value) -> list[_Step] | None:

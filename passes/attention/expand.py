@@ -139,7 +139,7 @@ class _Writer:
 
     def heads(self, rows: ir.Value, heads: int, size: int) -> ir.Value:
         self.head_size = size
-        return self.build.transpose(self.build.reshape(rows, [0, 0, heads, size]), (0, 2, 1, 3))
+        return self.build.transpose(self.build.reshape_behind(rows, [heads, size]), (0, 2, 1, 3))
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         parts = self.build.op("Split", [value, self.build.integers(sizes)], {"axis": axis}, outputs=len(sizes))
