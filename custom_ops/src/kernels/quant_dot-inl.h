@@ -12,106 +12,153 @@ enum Lines { kNibbles, kWholeBytes };  // two quads of k in a line, or one
 inline constexpr int kLineBytes = 64;
 inline constexpr int kStretch = 32;  // k between two flushes: every group is a multiple
 
-// Scales and offsets of T neighbouring tiles.
+// T neighbouring tiles of a weight.
 template <int T>
 struct TileHeads {
   const std::uint8_t* tile;
   const PackedWeight& w;
-
-  OCTAVO_INLINE Vec number(std::int64_t offset, int g, int t) const {
-    const std::uint8_t* at = tile + t * w.tile_bytes + offset;
-    if (w.half_scales) return load(reinterpret_cast<const Half*>(at) + g * kTileOutputs);
-    return load(reinterpret_cast<const float*>(at) + g * kTileOutputs);
-  }
-  OCTAVO_INLINE Vec scale(int g, int t) const { return number(0, g, t); }
-  OCTAVO_INLINE Vec minimum(int g, int t) const { return number(w.zero_offset, g, t); }
-  OCTAVO_INLINE Ints zero_point(int g, int t, int offset) const {
-    return load_less(tile + t * w.tile_bytes + w.zero_offset + g * kTileOutputs, offset);
-  }
 };
 
-// f[r][t] += groups [g0, g1) of T tiles by R rows. lines[t] is the first line of group g0. f is kept in registers where it fits.
-template <int R, int T, int Bits, Lines L>
+// Sixteen scales or minimums per group, at `number` and the same place of the next tile.
+struct Numbers {
+  const std::uint8_t* at;
+  std::int64_t tile_bytes, group_bytes;
+  bool half;
+
+  OCTAVO_INLINE Numbers(const PackedWeight& w, const std::uint8_t* tile, std::int64_t offset, int g0)
+      : tile_bytes(w.tile_bytes), group_bytes(w.half_scales ? 2 * kTileOutputs : 4 * kTileOutputs), half(w.half_scales) {
+    at = tile + offset + g0 * group_bytes;
+  }
+  OCTAVO_INLINE Vec of(int t) const {
+    const std::uint8_t* p = at + t * tile_bytes;
+    return half ? load(reinterpret_cast<const Half*>(p)) : load(reinterpret_cast<const float*>(p));
+  }
+  OCTAVO_INLINE void next() { at += group_bytes; }
+};
+
+// acc[r][t] += the integer products of one group: `Stretches` · 32 k from `line` and `q`, which move on. With Stretches = 0 their number is `stretches`.
+template <int R, int T, int Bits, Lines L, int Stretches>
+OCTAVO_INLINE void sum_group(const std::uint8_t** line, const std::int8_t** q, int stretches, Sum<Bits> (*acc)[T]) {
+  constexpr int kStep = L == kWholeBytes && Bits == 4 ? kUnitTiles * kLineBytes : kLineBytes;  // unpacked tiles lie line by line
+  constexpr int kAhead = 4096;  // bytes of prefetch, worth up to a factor of 2 where weights come from memory
+  const auto quad = [&](const Bytes* bytes) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      std::int32_t four;
+      __builtin_memcpy(&four, *q + 4 * r, 4);
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) acc[r][t].add(bytes[t], four);
+    }
+    *q += 4 * R;
+  };
+  const auto stretch = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < (L == kNibbles ? kStretch / 8 : kStretch / 4); ++v) {
+      Bytes whole[T], low[T], high[T];
+      for (int t = 0; t < T; ++t) {
+        whole[t] = load_bytes(line[t]);
+        if constexpr (L == kNibbles || Bits == 8) prefetch(line[t] + kAhead);
+        line[t] += kStep;
+        if constexpr (L == kNibbles) {
+          low[t] = low_nibbles(whole[t]);
+          high[t] = high_nibbles(whole[t]);
+        }
+      }
+      if constexpr (L == kNibbles) {
+        quad(low);
+        quad(high);
+      } else {
+        quad(whole);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int t = 0; t < T; ++t) acc[r][t].flush();
+    }
+  };
+  if constexpr (Stretches == 0) {
+    for (int i = 0; i < stretches; ++i) stretch();
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < Stretches; ++i) stretch();
+  }
+}
+
+// f[r][t] += groups [g0, g1) of T tiles by R rows. lines[t] is the first line of group g0. f is kept in registers where it fits. No branch
+// lies between the begin and the end of the integer sums: at one, GCC would move them all about.
+template <int R, int T, int Bits, Lines L, int Stretches, bool ZeroPoints>
 OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
   constexpr bool kKept = R * T <= kKeptSums;
   constexpr int kOffset = Bits == 8 ? kByteOffset : 0;
-  constexpr int kAhead = 4096;  // bytes of prefetch, worth up to a factor of 2 where weights come from memory
+  // All that the loop reads is copied out of the structs: for all that the compiler knows the stores to f could change them.
   const PackedWeight& w = heads.w;
+  Numbers scales(w, heads.tile, 0, g0), minimums(w, heads.tile, w.zero_offset, g0);
+  const std::uint8_t* zeros = heads.tile + w.zero_offset + g0 * kTileOutputs;
+  const std::int64_t tile_bytes = w.tile_bytes;
+  const int stretches = w.group / kStretch, groups = g1 - g0;
+  const bool has_minimums = !ZeroPoints && w.zero_point == kMinimum;
+  const std::int8_t* q = block.q + static_cast<std::int64_t>(g0) * w.group * R;
+  const std::int32_t* start = block.start + g0 * R;
+  const float* row_scale = block.scale + g0 * R;
+  const float* row_sum = block.sum + g0 * R;
   const std::uint8_t* line[T];
   for (int t = 0; t < T; ++t) line[t] = lines[t];
-  const std::int8_t* q = block.q + static_cast<std::int64_t>(g0) * w.group * R;
-  Vec kept[R][T];
-  if constexpr (kKept) {
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) kept[r][t] = load(f + (r * T + t) * kLanes);
-    }
-  }
-  for (int g = g0; g < g1; ++g) {
-    Sum<Bits> acc[R][T];
-    if (w.zero_point == kZeroPointBytes) {
-      for (int t = 0; t < T; ++t) {
-        const Ints zero = heads.zero_point(g, t, kOffset);
-        for (int r = 0; r < R; ++r) acc[r][t].begin(times_small(zero, block.start[g * R + r]));
-      }
-    } else {
-      for (int r = 0; r < R; ++r) {
-        const Ints start = broadcast_int(block.start[g * R + r]);
-        for (int t = 0; t < T; ++t) acc[r][t].begin(start);
-      }
-    }
-    for (int k = 0; k < w.group; k += kStretch) {
-      const auto quad = [&](const Bytes* bytes) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          std::int32_t four;
-          __builtin_memcpy(&four, q + 4 * r, 4);
+  const auto each = [](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-          for (int t = 0; t < T; ++t) acc[r][t].add(bytes[t], four);
-        }
-        q += 4 * R;
-      };
-#pragma GCC unroll 8
-      for (int v = 0; v < (L == kNibbles ? kStretch / 8 : kStretch / 4); ++v) {
-        Bytes whole[T], low[T], high[T];
-        for (int t = 0; t < T; ++t) {
-          whole[t] = load_bytes(line[t]);
-          if constexpr (L == kNibbles || Bits == 8) prefetch(line[t] + kAhead);
-          line[t] += kLineBytes;
-          if constexpr (L == kNibbles) {
-            low[t] = low_nibbles(whole[t]);
-            high[t] = high_nibbles(whole[t]);
-          }
-        }
-        if constexpr (L == kNibbles) {
-          quad(low);
-          quad(high);
-        } else {
-          quad(whole);
-        }
-      }
-      for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) acc[r][t].flush();
-      }
-    }
-    const bool has_minimum = w.zero_point == kMinimum;
     for (int t = 0; t < T; ++t) {
-      const Vec scale = heads.scale(g, t);
-      const Vec minimum = has_minimum ? heads.minimum(g, t) : scale;
-      for (int r = 0; r < R; ++r) {
-        float* at = f + (r * T + t) * kLanes;
-        Vec sum;
-        if constexpr (kKept) sum = kept[r][t]; else sum = load(at);
-        sum = fma(mul(to_float(acc[r][t].total()), broadcast(block.scale[g * R + r])), scale, sum);
-        if (has_minimum) sum = fma(broadcast(block.sum[g * R + r]), minimum, sum);
-        if constexpr (kKept) kept[r][t] = sum; else store(at, sum);
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) body(r, t);
     }
-  }
-  if constexpr (kKept) {
-    for (int r = 0; r < R; ++r) {
-      for (int t = 0; t < T; ++t) store(f + (r * T + t) * kLanes, kept[r][t]);
+  };
+  Vec kept[R][T];
+  if constexpr (kKept) each([&](int r, int t) __attribute__((always_inline)) { kept[r][t] = load(f + (r * T + t) * kLanes); });
+  const auto add_product = [&](int r, int t, Vec a, Vec b) __attribute__((always_inline)) {
+    float* at = f + (r * T + t) * kLanes;
+    if constexpr (kKept) kept[r][t] = fma(a, b, kept[r][t]); else store(at, fma(a, b, load(at)));
+  };
+  for (int i = 0; i < groups; ++i) {
+    Sum<Bits> acc[R][T];
+    Ints zero[T];
+    for (int t = 0; ZeroPoints && t < T; ++t) zero[t] = load_less(zeros + t * tile_bytes, kOffset);
+    each([&](int r, int t) __attribute__((always_inline)) {
+      acc[r][t].begin(ZeroPoints ? times_small(zero[t], start[r]) : broadcast_int(start[r]));
+    });
+    sum_group<R, T, Bits, L, Stretches>(line, &q, stretches, acc);
+    Vec scale[T];
+    for (int t = 0; t < T; ++t) scale[t] = scales.of(t);
+    each([&](int r, int t) __attribute__((always_inline)) {
+      add_product(r, t, mul(to_float(acc[r][t].total()), broadcast(row_scale[r])), scale[t]);
+    });
+    if (has_minimums) {
+      for (int t = 0; t < T; ++t) scale[t] = minimums.of(t);
+      each([&](int r, int t) __attribute__((always_inline)) { add_product(r, t, broadcast(row_sum[r]), scale[t]); });
+      minimums.next();
+      row_sum += R;
     }
+    if constexpr (ZeroPoints) zeros += kTileOutputs;
+    scales.next();
+    start += R;
+    row_scale += R;
   }
+  if constexpr (kKept) each([&](int r, int t) __attribute__((always_inline)) { store(f + (r * T + t) * kLanes, kept[r][t]); });
+}
+
+// The widest blocks need every register: with their group in one piece nothing is carried over a loop.
+template <int R, int T, int Bits, Lines L, bool ZeroPoints>
+OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
+  if constexpr (R * T <= kKeptSums) {
+    add_groups<R, T, Bits, L, 0, ZeroPoints>(heads, lines, block, g0, g1, f);
+  } else {
+    const int stretches = heads.w.group / kStretch;
+    if (stretches == 1) add_groups<R, T, Bits, L, 1, ZeroPoints>(heads, lines, block, g0, g1, f);
+    else if (stretches == 2) add_groups<R, T, Bits, L, 2, ZeroPoints>(heads, lines, block, g0, g1, f);
+    else add_groups<R, T, Bits, L, 4, ZeroPoints>(heads, lines, block, g0, g1, f);
+  }
+}
+
+template <int R, int T, int Bits, Lines L>
+OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
+  if (heads.w.zero_point == kZeroPointBytes) add_groups<R, T, Bits, L, true>(heads, lines, block, g0, g1, f);
+  else add_groups<R, T, Bits, L, false>(heads, lines, block, g0, g1, f);
 }
 
 }  // namespace octavo::OCTAVO_QUANT_TARGET

@@ -16,12 +16,16 @@ OCTAVO_INLINE void float_product(const TileHeads<T>& heads, const Block& block, 
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) acc[r][t] = broadcast(0.0f);
   }
+  Numbers scales(w, heads.tile, 0, 0), minimums(w, heads.tile, w.zero_offset, 0);
   for (int g = 0; g * w.group < w.K; ++g) {
     Vec scale[T], zero[T];
     for (int t = 0; t < T; ++t) {
-      scale[t] = heads.scale(g, t);
-      zero[t] = w.zero_point == kMinimum ? heads.minimum(g, t) : w.zero_point == kSymmetric ? middle : to_float(heads.zero_point(g, t, 0));
+      const std::uint8_t* points = heads.tile + t * w.tile_bytes + w.zero_offset + g * kTileOutputs;
+      scale[t] = scales.of(t);
+      zero[t] = w.zero_point == kMinimum ? minimums.of(t) : w.zero_point == kSymmetric ? middle : to_float(load_less(points, 0));
     }
+    scales.next();
+    minimums.next();
     for (int k = 0; k < w.group; k += 4 * kPerByte) {
       Bytes bytes[T];
       for (int t = 0; t < T; ++t) {

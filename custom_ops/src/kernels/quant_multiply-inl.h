@@ -7,8 +7,9 @@
 
 namespace octavo::OCTAVO_QUANT_TARGET {
 
-// 4-bit weights are unpacked to bytes once for this many rows or more: below it costs more than nibbles taken apart in registers.
-inline constexpr int kUnpackRows = 24;
+// 4-bit weights are unpacked to bytes once for this many rows or more. Where nibbles taken apart in registers compete with the products for two
+// vector ports (Emerald Rapids) it wins from here on; with four (Zen 5) it costs 6 %.
+inline constexpr int kUnpackRows = 48;
 // k of one panel of unpacked weights: two tiles take 16 KB of the first-level cache. Every group divides it.
 inline constexpr int kPanel = 512;
 
@@ -64,13 +65,13 @@ OCTAVO_INLINE void finish_tile(const Epilogue& e, std::int64_t row, std::int64_t
   if (width == kLanes) store(e.output + at, y); else store_partial(e.output + at, y, width);
 }
 
-// k columns of one 4-bit tile as bytes, line after line.
+// k columns of one 4-bit tile as bytes; the lines of a unit's tiles alternate.
 OCTAVO_INLINE void unpack(const std::uint8_t* lines, int k, std::uint8_t* out) {
   for (int v = 0; v < k / 8; ++v) {
     const Bytes both = load_bytes(lines + v * kLineBytes);
     prefetch(lines + v * kLineBytes + 4096);
-    store_bytes(out + 2 * v * kLineBytes, low_nibbles(both));
-    store_bytes(out + (2 * v + 1) * kLineBytes, high_nibbles(both));
+    store_bytes(out + 2 * v * kUnitTiles * kLineBytes, low_nibbles(both));
+    store_bytes(out + (2 * v + 1) * kUnitTiles * kLineBytes, high_nibbles(both));
   }
 }
 
@@ -88,7 +89,7 @@ OCTAVO_INLINE void some_tiles(const Unit& u, const Block& block, int t0, const s
   if (block.x != nullptr) return float_product<R, T, Bits>(heads, block, f);
   const std::uint8_t* lines[T];
   for (int t = 0; t < T; ++t) {
-    lines[t] = unpacked != nullptr ? unpacked + (t0 + t) * kPanel * kTileOutputs
+    lines[t] = unpacked != nullptr ? unpacked + (t0 + t) * kLineBytes
                                    : tile + t * u.w.tile_bytes + u.w.lines_offset + static_cast<std::int64_t>(g0) * u.w.group * Bits / 32 * kLineBytes;
   }
   if constexpr (Bits == 4) {
@@ -139,7 +140,7 @@ inline void multiply(const PackedWeight& w, const Prepared& prepared, const Epil
       const int g1 = groups - g0 < step ? groups : g0 + step;
       for (int t = 0; unpacks && t < u.tiles; ++t) {
         unpack(u.tile + t * w.tile_bytes + w.lines_offset + static_cast<std::int64_t>(g0) * w.group / 8 * kLineBytes, (g1 - g0) * w.group,
-               bytes + t * kPanel * kTileOutputs);
+               bytes + t * kLineBytes);
       }
       for (int r = 0; r < rows; r += kRowBlock) {
         const Block block = block_at(w, prepared, row0 + r, rows - r < kRowBlock ? rows - r : kRowBlock);

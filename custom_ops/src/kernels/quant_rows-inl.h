@@ -68,8 +68,7 @@ OCTAVO_INLINE float inverse_rms(const Row& row, int K, float epsilon) {
 OCTAVO_INLINE std::int32_t start_of(const PackedWeight& w, std::int32_t total) {
   const std::int32_t offset = w.bits == 8 ? kByteOffset : 0;
   if (w.zero_point == kSymmetric) return -((1 << (w.bits - 1)) - offset) * total;
-  if (w.zero_point == kMinimum) return offset * total;
-  return -total & 0xffff;
+  return w.zero_point == kMinimum ? offset * total : -total & 0xffff;
 }
 
 // Groups [g0, g0 + count), count ≤ kPanelGroups, of row r of a block.

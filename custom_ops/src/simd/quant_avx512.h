@@ -43,7 +43,7 @@ OCTAVO_INLINE Vec square_root(Vec a) { return _mm512_sqrt_ps(a); }
 
 // 8 rows × 2 tiles keep 16 sums in registers, two for each multiplier of 4 to 5 cycles' latency twice over; fp32 sums then stay in memory.
 inline constexpr int kRowBlock = 8;
-constexpr int block_tiles(int rows) { return rows == 1 ? 1 : 2; }
+constexpr int block_tiles(int rows) { return rows == 1 || (4 < rows && rows < kRowBlock) ? 1 : 2; }
 inline constexpr int kKeptSums = 8;
 
 #ifdef __AVX512VNNI__
@@ -54,7 +54,7 @@ template <int Bits>
 struct Sum {
   Ints acc;
   OCTAVO_INLINE void begin(Ints start) { acc = start; }
-  OCTAVO_INLINE void add(Bytes w, std::int32_t quad) { acc = _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad)); }
+  OCTAVO_INLINE void add(Bytes w, std::int32_t quad) { __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(quad))); }
   OCTAVO_INLINE void flush() {}
   OCTAVO_INLINE Ints total() const { return acc; }
 };
