@@ -31,8 +31,14 @@ class Sketch:
     scale: str = "scores"         # scores, divided, both_sides, runtime, folded_query
     factor: float = 0.3           # the scale itself
     key: str = "perm"             # perm, three_d
-    mask: str = "where"           # where, additive, min, boolean_where, none, ids, alibi
+    mask: str = "where"           # where, additive, min, boolean_where, none, ids
+    slopes: str = "none"          # none, keys (slope·key), last (slope·(key − last key)), curved (wrong: other slopes far away), shifted (a row's constant)
     window: int = 0
+    chunk: int = 0                # only keys of the query's own chunk
+    prefix: int = 0               # the first keys are seen by all
+    sinks: str = "none"           # none, plain, shifted (less the row's largest, as gpt-oss has it), by_query (wrong: another logit for each query)
+    empty: str = "none"           # none, rows (0 where a row sees nothing), wrong (0 where a query stands on an even place)
+    packed: bool = False          # only keys of the same run of positions
     hole: bool = False            # one key hidden that a causal row sees
     softcap: float = 0.0
     guard: bool = False           # IsNaN → Where(0)
@@ -208,9 +214,18 @@ def _visible(w: _Writer, batch: str, length: str, total: str) -> str:
     seen = w.const(True, bool) if s.mask == "none" else w.op("LessOrEqual", keys, queries)
     if s.window:
         seen = w.op("And", seen, w.op("Greater", keys, w.op("Sub", queries, w.const(s.window))))
+    if s.chunk:
+        size = w.const(s.chunk)
+        seen = w.op("And", seen, w.op("Equal", w.op("Div", keys, size), w.op("Div", queries, size)))
+    if s.prefix:
+        seen = w.op("Or", seen, w.op("Less", keys, w.const(s.prefix)))
     if s.hole:
         seen = w.op("And", seen, w.op("Not", w.op("And", w.op("Equal", keys, w.const(2)), w.op("Equal", queries, w.const(5)))))
     seen = w.op("Unsqueeze", seen, w.const([0, 1])) if s.mask != "none" else seen
+    if s.packed:  # without a past: positions less places say to which sequence a token belongs
+        row = w.op("Sub", "position_ids", w.op("Squeeze", keys, w.const([0])))
+        same = w.op("Equal", w.op("Unsqueeze", row, w.const([1])), w.op("Unsqueeze", row, w.const([2])))
+        seen = w.op("And", seen, w.op("Unsqueeze", same, w.const([1])))
     if s.mask == "ids":
         seen = w.op("And", seen, w.op("Not", w.op("Unsqueeze", w.op("Equal", "input_ids", w.const(3)), w.const([1, 3]))))
     if s.padding:
@@ -244,15 +259,15 @@ def _attention(w: _Writer, q: str, k: str, v: str, batch: str, length: str, tota
         scores = w.op("Mul", w.op("Tanh", w.op("Div", scores, w.f32(s.softcap))), w.f32(s.softcap))
     if rank == 5:
         scores = w.op("Reshape", scores, w.op("Concat", batch, w.const([s.H]), length, total, axis=0))
-    if s.mask == "alibi":
-        slopes = w.f32((2.0 ** -np.arange(1, s.H + 1)).reshape(1, s.H, 1, 1))
-        far = w.op("Cast", w.op("Range", w.const(0), w.op("Squeeze", total), w.const(1)), to=TensorProto.FLOAT)
-        scores = w.op("Add", scores, w.op("Mul", slopes, far))
+    if s.slopes != "none":
+        scores = w.op("Add", scores, _slopes(w, length, total))
     seen = _visible(w, batch, length, total)
     hidden = float(np.finfo(np.float32).min) if s.mask == "min" else -np.inf
     whole = s.mask == "boolean_where"
     scores = w.op("Where", seen, scores, w.f32(hidden)) if whole else w.op("Add", scores, w.op("Where", seen, w.f32(0), w.f32(hidden)))
-    p = w.op("Softmax", scores, axis=-1)
+    p = w.op("Softmax", _with_sinks(w, scores, batch, length), axis=-1)
+    if s.sinks != "none":
+        p = w.op("Slice", p, w.const([0]), w.const([-1]), w.const([-1]))
     if s.guard:
         p = w.op("Where", w.op("IsNaN", p), w.f32(0), p)
     if s.shuffled:
@@ -262,7 +277,46 @@ def _attention(w: _Writer, q: str, k: str, v: str, batch: str, length: str, tota
         out = w.op("Reshape", w.op("MatMul", p, v), w.op("Concat", batch, w.const([s.H]), length, w.const([s.D]), axis=0))
     else:
         out = w.op("MatMul", p, v)
+    if s.empty == "rows":
+        count = w.op("ReduceSum", w.op("Cast", seen, to=TensorProto.INT64), w.const([3]), keepdims=1)
+        out = w.op("Where", w.op("Less", count, w.const(1)), w.f32(0), out)
+    elif s.empty == "wrong":
+        place = w.op("Unsqueeze", "position_ids", w.const([1, 3]))
+        out = w.op("Where", w.op("Equal", w.op("Mod", place, w.const(16)), w.const(15)), w.f32(0), out)
     return _merge(w, out, batch, length)
+
+
+def alibi_slopes(s: Sketch) -> np.ndarray:
+    return (0.7 ** np.arange(1, s.H + 1)).astype(np.float32)
+
+
+def _slopes(w: _Writer, length: str, total: str) -> str:
+    """[1, H, 1, T], or [1, H, S, T] where rows differ."""
+    s, keys = w.s, w.op("Range", w.const(0), w.op("Squeeze", total), w.const(1))
+    if s.slopes == "last":
+        keys = w.op("Sub", keys, w.op("Sub", w.op("Squeeze", total), w.const(1)))
+    far = w.op("Cast", keys, to=TensorProto.FLOAT)
+    if s.slopes == "curved":
+        far = w.op("Min", far, w.f32(40))
+    bias = w.op("Mul", w.f32(alibi_slopes(s).reshape(1, s.H, 1, 1)), far)
+    if s.slopes == "shifted":
+        rows = w.op("Cast", w.op("Range", w.const(0), w.op("Squeeze", length), w.const(1)), to=TensorProto.FLOAT)
+        bias = w.op("Add", bias, w.op("Unsqueeze", rows, w.const([0, 1, 3])))
+    return bias
+
+
+def _with_sinks(w: _Writer, scores: str, batch: str, length: str) -> str:
+    s = w.s
+    if s.sinks == "none":
+        return scores
+    sinks = w.op("Reshape", w.f32(np.linspace(-1, 2, s.H)), w.const([1, -1, 1, 1]))
+    if s.sinks == "by_query":
+        sinks = w.op("Add", sinks, w.op("Unsqueeze", w.op("Cast", "position_ids", to=TensorProto.FLOAT), w.const([1, 3])))
+    column = w.op("Expand", sinks, w.op("Concat", batch, w.const([s.H]), length, w.const([1]), axis=0))
+    scores = w.op("Concat", scores, column, axis=-1)
+    if s.sinks == "shifted":
+        scores = w.op("Sub", scores, w.op("ReduceMax", scores, w.const([-1]), keepdims=1))
+    return scores
 
 
 def _merge(w: _Writer, out: str, batch: str, length: str) -> str:

@@ -102,11 +102,14 @@ def test_the_site_reaches_back_to_the_projection() -> None:
     (Sketch(mask="ids"), "depends on data"),
     (Sketch(hole=True), "none that is known"),
     (Sketch(hole=True, op=True), "none that is known"),
-    (Sketch(mask="alibi"), "none that is known"),
+    (Sketch(slopes="curved"), "none that is known"),
+    (Sketch(sinks="by_query"), "not one logit a head"),
+    (Sketch(sinks="plain", slopes="shifted"), "none that is known"),
+    (Sketch(empty="wrong"), "none that is known"),
     (Sketch(shuffled=True), "changed before it meets the values"),
     (Sketch(op=True, op_cache=True, extra={"softmax_precision": 11}), "softmax_precision"),
     (Sketch(op=True, past=False, opset=25, extra={"left_window_size": 3}), "a window of its own"),
-], ids=["permuted", "ids", "hole", "hole_op", "alibi", "shuffled", "precision", "op_window"])
+], ids=["permuted", "ids", "hole", "hole_op", "curved", "sinks_by_query", "sinks_and_shifted_rows", "emptied_rows", "shuffled", "precision", "op_window"])
 def test_near_misses_are_refused(sketch: Sketch, word: str) -> None:
     _, found = seen(*build(sketch))
     assert len(found) == 1
