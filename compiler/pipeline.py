@@ -22,10 +22,10 @@ from ..models.interface import GraphInterface
 from ..models.onnx_reader import graph_interface
 from ..models.spec import CacheName
 from ..passes.attention.direct import DirectSite
-from ..passes.attention.direct_match import match_direct
+from ..passes.attention.direct_match import Anchors, match_direct
 from ..passes.attention.expand import ExpandAttentionOps, unequal_lengths
 from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
-from ..passes.attention.lower_flash import LowerFlash, plan_flash
+from ..passes.attention.lower_flash import LowerFlash, inexpressible, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
 from ..passes.attention.mask_candidates import meaning
 from ..passes.attention.match import match_anchors, refusals_of, sites_of
@@ -56,7 +56,8 @@ from .rewritten import Rewritten
 class Understood:
     """A normalized graph, what its values are, and its attentions. No target has changed it yet.
 
-    Of what was refused as a proved site, `direct` are those that a graph without a cache can have at their word.
+    `direct` are attentions taken at their word: in a graph without a cache those that were refused as sites, or that FlashAttention can't be
+    by what was proved of them; in one that has inputs of another model's (an encoder's states) beside its cache, all.
     """
 
     model: ir.Model
@@ -155,11 +156,12 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     anchors = match_anchors(model, observation, max_context=max_context)
     found = [item for _, item in anchors]
     sites, refusals = sites_of(found), refusals_of(found)
-    read = match_direct(observation, anchors) if refusals and options.flash_attention and not observation.cached else ()
-    direct = tuple(site for site in read if isinstance(site, DirectSite))
-    told = _told(refusals, read)
+    read = _at_their_word(observation, anchors) if options.flash_attention else {}
+    direct = tuple(site for site in read.values() if isinstance(site, DirectSite))
+    taken = {site.name for site in direct}
+    told = tuple(item for refusal in refusals if refusal.where not in taken for item in dict.fromkeys((refusal, read.get(refusal.where, refusal))))
     seconds = perf_counter() - start
-    notes = tuple(f"{refusal}: taken as it is" for refusal in refusals if any(site.name == refusal.where for site in direct))
+    notes = tuple(f"{refusal}: taken as it is" for refusal in refusals if refusal.where in taken)
     ledger.enter(Outcome("match_attention", "sites", len(found), 0, told, notes, nodes_before=nodes, nodes_after=nodes, seconds=seconds))
     _assert_masking(sites, options)
     if not sites and not direct:
@@ -168,12 +170,15 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored)
 
 
-def _told(refusals: Sequence[Refusal], read: Sequence[DirectSite | Refusal]) -> tuple[Refusal, ...]:
-    """What is refused in the end: where a site could not be taken at its word either, both reasons."""
-    if not read:
-        return tuple(refusals)
-    pairs = ((refusal, also) for refusal, also in zip(refusals, read, strict=True) if isinstance(also, Refusal))
-    return tuple(item for refusal, also in pairs for item in dict.fromkeys((refusal, also)))
+def _at_their_word(observation: Observation, anchors: Anchors) -> dict[str, DirectSite | Refusal]:
+    if observation.cached and not _serves_another(observation):
+        return {}
+    return match_direct(observation, anchors, lambda site: observation.cached or inexpressible(site) is not None)
+
+
+def _serves_another(observation: Observation) -> bool:
+    """Whether a decoder takes inputs that no decoder alone has: its attention can't page, but it can keep its cache."""
+    return any(port.role == "other" for port in observation.interface.inputs)
 
 
 def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
@@ -181,6 +186,10 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
         first = understood.refusals[0]
         reason = f"a site that was refused would attend across sequences: {first.reason}"
         ledger.decide("paged", "off", f"{reason} [{first.nearest}]" if first.nearest else reason, first.where)
+        return None
+    ahead = _sees_ahead(understood)
+    if ahead is not None:
+        ledger.decide("paged", "off", f"{meaning(ahead.mask)}: tokens see later ones", ahead.name)
         return None
     cache: CacheName = "fp32" if options.kv_cache == "fp32" else "fp16"
     plan = plan_token_flat(
@@ -196,28 +205,37 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     verified = ledger.run(Verify(plan.interface), model)
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
-    _quantize(understood, options, ledger, plan.interface)
+    rounded = _quantize(understood, options, ledger, plan.interface)
     ledger.sites = tuple(_line(site, "PagedAttention") for site in plan.sites)
-    return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized)
+    return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized, rounded)
 
 
-def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface) -> None:
-    """Linears to QuantLinear, after the rows were proved apart: the op computes each row by itself."""
+def _sees_ahead(understood: Understood) -> AttentionSite | None:
+    """A site of a graph without a cache in which tokens see later ones: an encoder's. Nothing was refused then."""
+    if understood.observation.cached:
+        return None
+    return next((site for site in understood.sites if site.mask.kind in ("bidirectional", "prefix")), None)
+
+
+def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface) -> bool:
+    """Linears to QuantLinear, after the rows were proved apart: the op computes each row by itself. True where weights were rounded."""
     if not options.quantizes:
-        return
+        return False
     plan = WeightPlan(
         options.patterns, options.group_size, quantizer(options.quantizer), activation_bits=8 if options.activations == "int8" else 32,  # type: ignore[arg-type]
     )
     model, ids = understood.model, interface.input("input_ids")
-    ledger.run(QuantizeLinears(plan, understood.stored, ids.name if ids else ""), model)
+    stage = QuantizeLinears(plan, understood.stored, ids.name if ids else "")
+    ledger.run(stage, model)
     ledger.run(Cleanup(), model)
     broken = contract_refusals(model, interface)
     if broken:
         raise AssertionError(f"the quantized graph breaks a contract: {broken[0]}")
+    return bool(stage.rounded)
 
 
 def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
-    if understood.direct:
+    if understood.direct or _sees_ahead(understood) is not None:
         return None    # no decoder, or one that nothing caches
     plan = plan_contiguous(
         understood.observation, understood.sites, max_context=understood.max_context, refused=len(understood.refusals),
@@ -238,11 +256,14 @@ def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger)
 def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) -> Rewritten | None:
     """Encoders, and decoders without a cache: asked for with kv_cache=False, or because no cache can be had."""
     observation, model = understood.observation, understood.model
-    if observation.cached and options.kv_cache is not False:
+    direct = understood.direct if not observation.cached or options.kv_cache is not False else ()
+    if observation.cached and options.kv_cache is not False and not direct:
         return None    # a decoder that brings a cache keeps it, as a baseline
+    taken = {site.name for site in direct}
+    sites = tuple(site for site in understood.sites if site.name not in taken)
     interface, target, trial = observation.interface, "", Trial(observation)
     if options.flash_attention:
-        plan = plan_flash(observation, understood.sites, refused=len(understood.refusals), direct=understood.direct)
+        plan = plan_flash(observation, sites, refused=len(understood.refusals), direct=direct)
         if isinstance(plan, Refusal):
             ledger.refuse([plan])
             return None
@@ -254,7 +275,8 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
         interface = emptied.interface
     ledger.run(Cleanup(), model)
     _try(trial, model, interface, ledger, batched=observation.batched)
-    ledger.sites = (*(_line(site.with_rotary_in_graph(), target) for site in understood.sites), *map(_direct_line, understood.direct))
+    lines = (*(_line(site.with_rotary_in_graph(), target) for site in sites), *map(_direct_line, direct))
+    ledger.sites = tuple(sorted(lines, key=lambda line: _place(line.name)))
     return Rewritten(model, "stateless", interface, None, understood.quantized)
 
 
@@ -278,6 +300,11 @@ def _assert_masking(sites: Sequence[AttentionSite], options: CompileOptions) -> 
         if site.mask.kind != wanted:
             proved = f"a window of {site.mask.window}" if site.mask.kind == "window" else meaning(site.mask)
             raise OptionError(f'masking="{options.masking}" was asserted, and the mask of {site.name} was proved to be {proved}', hint="leave masking out")
+
+
+def _place(name: str) -> list[int]:
+    """Numbers in a name, so that layers are told in order."""
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def _direct_line(site: DirectSite) -> SiteLine:

@@ -46,22 +46,31 @@ class FlashPlan:
     direct: tuple[DirectSite, ...] = ()
 
 
+def inexpressible(site: AttentionSite) -> Refusal | None:
+    """Why FlashAttention can't be this site by what was proved of it."""
+    if site.mask.kind not in ("chunked", "prefix") and not site.mask.positional:
+        return None
+    found = "a mask that follows position_ids" if site.mask.positional else f"a {site.mask.kind} mask"
+    return Refusal(f"FlashAttention can't express {found}", site.name, f"lower_flash: {site.mask}")
+
+
 def plan_flash(
     observation: Observation, sites: Sequence[AttentionSite], *, refused: int = 0, direct: Sequence[DirectSite] = (),
 ) -> FlashPlan | Refusal:
-    """The plan for a stateless graph. `refused` counts the attentions that are no sites: in a graph without a cache they stay as they are."""
+    """The plan for a stateless graph. `refused` counts the attentions that are no sites: in a graph without a cache they stay as they are.
+
+    With `direct` sites in it a graph that has a cache keeps it, as inputs and outputs of its own.
+    """
     if not sites and not direct:
         return Refusal("the graph has no attention site", str(observation.model.graph.name))
-    for site in sites:
-        if site.mask.kind in ("chunked", "prefix") or site.mask.positional:
-            found = "a mask that follows position_ids" if site.mask.positional else f"a {site.mask.kind} mask"
-            return Refusal(f"FlashAttention can't express {found}", site.name, f"lower_flash: {site.mask}")
+    declined = next((refusal for site in sites if (refusal := inexpressible(site)) is not None), None)
+    if declined is not None:
+        return declined
     sites = tuple(site.with_rotary_in_graph() for site in sites)
     tails = tuple(output_tail(observation, site) for site in sites)
     padding, ids = graph_value(observation, "attention_mask"), graph_value(observation, "input_ids")
-    if not observation.cached:
+    if not observation.cached or direct:
         return FlashPlan(sites, tails, padding, ids, {}, observation.interface, (), tuple(direct))
-    assert not direct, "a graph that loses its cache needs all its sites proved"
     if refused:
         return Refusal("the cache can't go while an attention that is not understood reads it", str(observation.model.graph.name))
     sizes = _without_past(observation, sites)
