@@ -40,28 +40,39 @@ DType = Literal["float32", "float16", "uint8", "int32", "int64", "bool"]
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How keys and values are stored. `key_shape`/`value_shape` give one layer's cache tensors."""
+    """How keys and values are stored. `key_shape`/`value_shape` give one layer's cache tensors.
 
-    name: Literal["fp32", "fp16"]
+    fp32 and fp16 blocks hold plain elements. int8 blocks are bytes, scales included (int8_cache.py): each token's key and value of a head is
+    rounded to int8 by its own largest magnitude.
+    """
+
+    name: Literal["fp32", "fp16", "int8"]
     dtype: DType
     itemsize: int
 
-    @staticmethod
-    def key_shape(N: int, G: int, D: int, P: int) -> tuple[int, int, int, int]:
-        """(N, G, D, P): transposed inside the block, so that vector lanes run over P keys and the reduction over D stays in order."""
-        return (N, G, D, P)
+    def key_width(self, D: int) -> int:
+        """Elements of one key of one head: D; for int8, D rounded up to a multiple of 4, and the scales."""
+        scales = 1 if D & (D - 1) == 0 else -(-D // 32)
+        return -(-D // 4) * 4 + 4 * scales if self.name == "int8" else D
 
-    @staticmethod
-    def value_shape(N: int, G: int, E: int, P: int) -> tuple[int, int, int, int]:
+    def value_width(self, E: int) -> int:
+        """Elements of one value of one head: E; for int8, E rounded up to a multiple of 4, and the scale."""
+        return -(-E // 4) * 4 + 4 if self.name == "int8" else E
+
+    def key_shape(self, N: int, G: int, D: int, P: int) -> tuple[int, int, int, int]:
+        """(N, G, D, P): transposed inside the block, so that vector lanes run over P keys and the reduction over D stays in order."""
+        return (N, G, self.key_width(D), P)
+
+    def value_shape(self, N: int, G: int, E: int, P: int) -> tuple[int, int, int, int]:
         """(N, G, P, E): lanes run over E outputs, the reduction over keys stays in order."""
-        return (N, G, P, E)
+        return (N, G, P, self.value_width(E))
 
     def bytes_per_token(self, G: int, D: int, E: int) -> int:
         """Bytes of one token's keys and values in one layer."""
-        return G * (D + E) * self.itemsize
+        return G * (self.key_width(D) + self.value_width(E)) * self.itemsize
 
 
-CACHE_FORMATS = {f.name: f for f in (CacheFormat("fp32", "float32", 4), CacheFormat("fp16", "float16", 2))}
+CACHE_FORMATS = {f.name: f for f in (CacheFormat("fp32", "float32", 4), CacheFormat("fp16", "float16", 2), CacheFormat("int8", "uint8", 1))}
 
 
 def pack_key(tokens: np.ndarray) -> np.ndarray:
@@ -124,7 +135,7 @@ class OpContract:
 
 
 _F32: tuple[DType, ...] = ("float32",)
-_CACHE: tuple[DType, ...] = ("float32", "float16")
+_CACHE: tuple[DType, ...] = ("float32", "float16", "uint8")
 _I32: tuple[DType, ...] = ("int32",)
 
 _HEADS = (
@@ -140,10 +151,10 @@ _HEADS = (
 PAGED_ATTENTION = OpContract(
     name="PagedAttention",
     inputs=(
-        Port("query", _F32, "(T, H·D)", "queries of this step's tokens, sequence after sequence"),
-        Port("key", _F32, "(T, G·D)", "keys of this step's tokens"),
-        Port("value", _F32, "(T, G·E)", "values of this step's tokens"),
-        Port("key_cache", _CACHE, "(N, G, D, P)", "updated in place"),
+        Port("query", _F32, "(T, H·D)", "queries of this step's tokens, sequence after sequence; (T, (H+2·G)·D): query, key and value of each"),
+        Port("key", _F32, "(T, G·D)", "keys of this step's tokens; absent where query holds them", optional=True),
+        Port("value", _F32, "(T, G·E)", "values of this step's tokens; absent where query holds them (E = D)", optional=True),
+        Port("key_cache", _CACHE, "(N, G, D, P)", "updated in place; of an int8 cache (uint8) the widths are those of CacheFormat"),
         Port("value_cache", _CACHE, "(N, G, P, E)", "updated in place, same type as key_cache"),
         Port("cumulative_sequence_length", _I32, "(B+1)", "sequence b owns rows [c[b], c[b+1]); c[0] = 0, c[B] = T; empty ranges are fine"),
         Port("past_seqlens", _I32, "(B)", "tokens of each sequence cached before this step"),
@@ -152,8 +163,8 @@ PAGED_ATTENTION = OpContract(
         Port("sin_cache", _F32, "(C, r/2)", "sines by position", optional=True),
         Port("slot_mapping", _I32, "(T)", "block·P + slot where each token's K and V go; −1 does not write"),
         Port("head_sink", _F32, "(H)", "a logit per head that joins the softmax and carries no value", optional=True),
-        Port("q_norm_weight", _F32, "RESERVED", "absent", optional=True),
-        Port("k_norm_weight", _F32, "RESERVED", "absent", optional=True),
+        Port("q_norm_weight", _F32, "(D)", "RMSNorm of every query head before rotation: x/√(mean(x²) + qk_norm_epsilon)·weight", optional=True),
+        Port("k_norm_weight", _F32, "(D)", "the same for key heads; both or none", optional=True),
         Port("k_scale", _F32, "RESERVED", "absent", optional=True),
         Port("v_scale", _F32, "RESERVED", "absent", optional=True),
         Port("attention_metadata", _I32, "RESERVED", "absent", optional=True),
@@ -170,6 +181,7 @@ PAGED_ATTENTION = OpContract(
         *_HEADS,
         Attribute("rotary_interleaved", "int", 0, "1: pairs (2i, 2i+1); 0: pairs (i, i + r/2)"),
         Attribute("chunk_size", "int", -1, "c ≥ 1: position p sees floor(p / c)·c … p; −1 means no chunks"),
+        Attribute("qk_norm_epsilon", "float", 1e-6, "of the RMSNorm of queries and keys"),
     ),
 )
 """Append this step's keys and values to the paged cache, then attend.
@@ -179,6 +191,11 @@ positions [0, past), its ancestors in this step, and itself, less what a window 
 position first; keys are cached rotated. Keys and values are always read as stored (rounded to the cache's type), this step's own too. Rows
 whose slot is −1 are not written: their key and value are read from the slot of their position, which must hold them already.
 All keys of a row are reduced in order of position, in chunks of CHUNK, as if each ancestor lay in the slot of its position.
+
+An int8 cache has its own arithmetic, the same in prefill and decode. After rotation, and where D is a power of two, q and k are multiplied by
+a Hadamard matrix (which cancels in q·k); both are rounded to int8, with one scale a head, or one for each 32 elements where D is no power of
+two. Products of q and k are exact integers. In each chunk, probability·value scale is rounded to 255 steps of the largest one that the row
+sees there, products with the int8 values are exact integers again, and the sum of the probabilities is not rounded.
 """
 
 FLASH_ATTENTION = OpContract(

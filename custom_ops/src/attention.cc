@@ -117,7 +117,7 @@ class Driver {
       tile->hi[r] = range.hi;
       tile->position[r] = range.position;
       tile->slope[r] = tile->has_slopes ? a_.alibi_slopes[head] : 0.0f;
-      tile->query[r] = a_.query + (row * a_.H + head) * a_.D;
+      tile->query[r] = a_.query + (row * a_.H + head) * a_.query_bytes;
       const std::int64_t at = w.sequence * bias.sequence_stride + head * bias.head_stride + token * bias.row_stride;
       tile->bias[r] = bias.type == kFloatBias ? static_cast<const void*>(static_cast<const float*>(bias.data) + at)
                       : bias.type == kBoolBias ? static_cast<const void*>(static_cast<const std::uint8_t*>(bias.data) + at)
@@ -131,7 +131,7 @@ class Driver {
     fill(w, &tile);
     if (w.partial >= 0) {
       a_.keys->view(w.sequence, w.g, w.chunk0, lane, &view);
-      k_.attend_chunk[a_.cache_type](tile, view, state_at(partial_ + w.partial));
+      k_.cache[a_.cache_type]->attend_chunk(tile, view, state_at(partial_ + w.partial));
       return;
     }
     alignas(64) float buffers[2][2 * kLanes + kLanes * kMaxHead];
@@ -139,7 +139,7 @@ class Driver {
     clear(state);
     for (std::int32_t c = w.chunk0; c < w.chunk1; ++c) {
       a_.keys->view(w.sequence, w.g, c, lane, &view);
-      k_.attend_chunk[a_.cache_type](tile, view, chunk);
+      k_.cache[a_.cache_type]->attend_chunk(tile, view, chunk);
       k_.merge(w.rows, a_.E, state, chunk);
     }
     finish(w, state);

@@ -43,7 +43,8 @@ struct Attention {
   int H, G, D, E;
   CacheType cache_type;
   float softcap;
-  const float* query;  // (rows, H, D), rotated and scaled
+  const char* query;  // (rows, H), `query_bytes` each: rotated and scaled, as the cache's kernels take it
+  std::int64_t query_bytes;
   float* output;       // (rows, H, E)
   const RowRange* ranges;
   const Sequence* sequences;

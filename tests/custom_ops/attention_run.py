@@ -18,6 +18,7 @@ Array = np.ndarray
 _ELEMENT = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(bool): TensorProto.BOOL,
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from attention_cases import FLASH_CASES, PAGED_CASES, FlashCase, PagedCase
 from attention_run import run_flash, run_op, run_paged, same_bits
+from octavo.custom_ops.contract import CACHE_FORMATS
 
 Array = np.ndarray
 
@@ -17,7 +18,7 @@ Array = np.ndarray
 class Stream:
     """One sequence of `n` tokens with a cache of its own, fed in steps of any size: H 6, G 2, D 24, E 40, and every feature in use."""
 
-    def __init__(self, n: int, cache: type = np.float16, P: int = 32, seed: int = 5) -> None:
+    def __init__(self, n: int, cache: str = "fp16", P: int = 32, seed: int = 5) -> None:
         rng = np.random.default_rng(seed)
         self.n, self.P, blocks = n, P, -(-n // P) + 2
         self.query, self.key, self.value = (rng.standard_normal((n, w)).astype(np.float32) for w in (6 * 24, 2 * 24, 2 * 40))
@@ -30,9 +31,11 @@ class Stream:
             "alibi_slopes": (2.0 ** -np.arange(1, 7)).astype(np.float32),
         }
         self.attributes: dict[str, Any] = {"num_heads": 6, "kv_num_heads": 2, "softcap": 5.0, "local_window_size": 280, "scale": 0.2}
+        fmt = CACHE_FORMATS[cache]  # type: ignore[index]
+        nothing, dtype = (255 if cache == "int8" else np.nan), np.dtype(fmt.dtype)
         self.caches = {
-            "key_cache": np.full((blocks, 2, 24, P), np.nan, cache),
-            "value_cache": np.full((blocks, 2, P, 40), np.nan, cache),
+            "key_cache": np.full(fmt.key_shape(blocks, 2, 24, P), nothing, dtype),
+            "value_cache": np.full(fmt.value_shape(blocks, 2, 40, P), nothing, dtype),
         }
 
     def slots(self, positions: Array) -> Array:
@@ -61,9 +64,9 @@ class Stream:
         return self.step(0, self.n)
 
 
-@pytest.mark.parametrize("cache", [np.float32, np.float16])
+@pytest.mark.parametrize("cache", CACHE_FORMATS)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 256])
-def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, cache: type) -> None:
+def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, cache: str) -> None:
     whole, pieces = Stream(530, cache), Stream(530, cache)
     expected = whole.whole()
     got = np.concatenate([pieces.step(at, min(at + chunk, 530)) for at in range(0, 530, chunk)])
@@ -71,18 +74,20 @@ def test_prefill_in_chunks_equals_prefill_at_once(chunk: int, cache: type) -> No
     assert all(same_bits(pieces.caches[name], whole.caches[name]) for name in whole.caches)
 
 
-def test_a_recomputed_row_equals_the_first_one() -> None:
+@pytest.mark.parametrize("cache", CACHE_FORMATS)
+def test_a_recomputed_row_equals_the_first_one(cache: str) -> None:
     """A row that is not written (slot −1) reads what an earlier step wrote."""
-    stream = Stream(300)
+    stream = Stream(300, cache)
     expected = stream.whole()
     rows = np.arange(290, 300)
     again = run_op("PagedAttention", stream.inputs(rows, np.full(10, -1), np.arange(-1, 9), 290), stream.attributes)
     assert same_bits(again, expected[290:])
 
 
+@pytest.mark.parametrize("cache", CACHE_FORMATS)
 @pytest.mark.parametrize("P", [16, 64, 128, 256])
-def test_block_size_does_not_show(P: int) -> None:
-    assert same_bits(Stream(530, P=P).whole(), Stream(530, P=32).whole())
+def test_block_size_does_not_show(P: int, cache: str) -> None:
+    assert same_bits(Stream(530, cache, P=P).whole(), Stream(530, cache, P=32).whole())
 
 
 @pytest.mark.parametrize("case", PAGED_CASES, ids=lambda c: c.name)
@@ -98,7 +103,7 @@ def test_flash_two_threads_equal_one(case: FlashCase) -> None:
     assert same_bits(run_flash(inputs, case, threads=1), run_flash(inputs, case, threads=2))
 
 
-@pytest.mark.parametrize("name", ["ragged", "everything", "tree", "tree_window_fp16", "block_32"])
+@pytest.mark.parametrize("name", ["ragged", "everything", "tree", "tree_window_fp16", "block_32", "everything_int8", "tree_window_int8", "block_32_int8"])
 def test_a_sequence_alone_equals_the_same_in_company(name: str) -> None:
     case = next(c for c in PAGED_CASES if c.name == name)
     inputs = case.build()
@@ -131,7 +136,29 @@ def test_memory_that_no_row_sees_does_not_show(name: str, poison: float) -> None
     assert untouched.any() and (got.key_cache[untouched] == np.array(poison, got.key_cache.dtype)).all()
 
 
-@pytest.mark.parametrize("name", ["prefill_33", "prefill_257", "tree", "everything"])
+@pytest.mark.parametrize("name", ["everything_int8", "tree_window_int8", "decode_257_int8", "window_17_int8"])
+def test_bytes_that_no_row_sees_do_not_show(name: str) -> None:
+    """Bytes 255 make scales NaN, 127 enormous."""
+    case = next(c for c in PAGED_CASES if c.name == name)
+    expected = run_paged(case.build(), case)
+    for poison in (0, 127, 128):
+        inputs = case.build(poison)
+        got = run_paged(inputs, case)
+        assert same_bits(got.output, expected.output)
+        assert (got.key_cache != expected.key_cache).any()
+
+
+@pytest.mark.parametrize("name", ["packed_fp32", "packed_int8", "packed_qk_norm"])
+def test_a_packed_query_equals_three_inputs(name: str) -> None:
+    case = next(c for c in PAGED_CASES if c.name == name)
+    inputs = case.build()
+    widths = [case.H * case.D, (case.H + case.G) * case.D]
+    apart = inputs | {n: x.copy() for n, x in zip(("query", "key", "value"), np.split(inputs["query"], widths, axis=1))}
+    together, separate = run_paged(inputs, case), run_paged(apart, case)
+    assert all(same_bits(getattr(together, part), getattr(separate, part)) for part in ("output", "key_cache", "value_cache"))
+
+
+@pytest.mark.parametrize("name", ["prefill_33", "prefill_257", "tree", "everything", "prefill_257_int8", "tree_int8", "everything_int8"])
 def test_a_later_token_does_not_show_in_an_earlier_row(name: str) -> None:
     """Not even an infinite one: a hidden key is left out of the sums, not multiplied by 0. Its row is the last of the first sequence."""
     case = next(c for c in PAGED_CASES if c.name == name)
@@ -174,10 +201,11 @@ def test_untouched_slots_keep_every_bit() -> None:
     assert same_bits(after.view(np.uint16)[~written], inputs["key_cache"].view(np.uint16)[~written])
 
 
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
 @pytest.mark.parametrize("past", [20, 250, 270])
-def test_every_row_of_a_draft_tree_equals_the_row_of_its_chain(past: int) -> None:
+def test_every_row_of_a_draft_tree_equals_the_row_of_its_chain(past: int, cache: str) -> None:
     parents = np.array([-1, 0, 0, 1, 2, -1, 4, 5, 3])
-    stream = Stream(past + len(parents))
+    stream = Stream(past + len(parents), cache)
     stream.step(0, past)
     rows = np.arange(past, past + len(parents))
     depth = np.zeros(len(parents), int)
@@ -195,8 +223,8 @@ def test_every_row_of_a_draft_tree_equals_the_row_of_its_chain(past: int) -> Non
         while at >= 0:
             chain.insert(0, at)
             at = parents[at]
-        for name, cache in before.items():
-            stream.caches[name][...] = cache
+        for name, was in before.items():
+            stream.caches[name][...] = was
         positions = stream.slots(past + np.arange(len(chain)))
         straight = stream.inputs(rows[chain], positions, np.arange(-1, len(chain) - 1), past)
         assert same_bits(tree[t], run_op("PagedAttention", straight, stream.attributes)[-1]), t

@@ -91,7 +91,7 @@ def test_an_input_takes_the_types_of_the_contract(contract: OpContract, index: i
             _create(contract, names, _types(contract) | {port.name: TensorProto.DOUBLE})
 
 
-@pytest.mark.parametrize("name", CACHE_FORMATS)
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
 @pytest.mark.parametrize("P", BLOCK_SIZES)
 def test_pack_and_unpack_are_inverse(name: Literal["fp32", "fp16"], P: int) -> None:
     f = CACHE_FORMATS[name]

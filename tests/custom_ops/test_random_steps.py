@@ -13,7 +13,7 @@ def random_case(seed: int) -> PagedCase:
     """A small step: up to four sequences near block and chunk edges, prefill, decode and draft trees mixed."""
     rng = np.random.default_rng(seed)
     G = int(rng.integers(1, 4))
-    D = int(rng.choice([8, 20, 32, 48]))
+    D = int(rng.choice([8, 20, 32, 48, 64]))
     sequences, trees = [], {}
     for b in range(int(rng.integers(1, 5))):
         past = int(rng.choice([0, 1, 15, 31, 250, 256, 500]))
@@ -27,9 +27,9 @@ def random_case(seed: int) -> PagedCase:
         H=G * int(rng.integers(1, 9)),
         G=G,
         D=D,
-        E=int(rng.choice([8, 24, 32, 50])),
+        E=int(rng.choice([8, 24, 32, 50, D])),
         P=int(rng.choice([16, 32, 64, 128, 256])),
-        cache=str(rng.choice(["fp32", "fp16"])),
+        cache=str(rng.choice(["fp32", "fp16", "int8"])),
         sequences=tuple(sequences),
         features=Features(
             softcap=float(rng.choice([0.0, 4.0])),
@@ -37,6 +37,7 @@ def random_case(seed: int) -> PagedCase:
             sink=bool(rng.random() < 0.5),
             slopes=bool(rng.random() < 0.5),
         ),
+        qk_norm=bool(rng.random() < 0.2),
         rotary=int(rng.choice([0, 4, D])),
         interleaved=int(rng.integers(2)),
         rewritten=() if trees else tuple(int(t) for t in rng.permutation(total)[: total // 4]),
@@ -50,6 +51,6 @@ def test_random_step(seed: int) -> None:
     inputs = case.build()
     expected = reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, chunk_size=case.chunk, **inputs)
     got = run_paged(inputs, case, threads=2)
-    np.testing.assert_allclose(got.output, expected.output, rtol=0, atol=case.tolerance(inputs))
+    case.assert_agrees(got.output, expected.output, inputs)
     assert same_bits(got.key_cache, expected.key_cache) and same_bits(got.value_cache, expected.value_cache)
     assert same_bits(got.output, run_paged(inputs, case, threads=1).output)

@@ -21,7 +21,7 @@ def test_paged_kernels_agree_with_reference(case: PagedCase) -> None:
     inputs = case.build()
     expected, got = _paged_reference(case, inputs), run_paged(inputs, case)
     assert np.isfinite(got.output).all()
-    np.testing.assert_allclose(got.output, expected.output, rtol=0, atol=case.tolerance(inputs))
+    case.assert_agrees(got.output, expected.output, inputs)
     assert same_bits(got.key_cache, expected.key_cache)
     assert same_bits(got.value_cache, expected.value_cache)
 

@@ -74,13 +74,20 @@ _BAD_PAGED = {
     "parent_length": ("parent", _replace("parent", np.zeros(3, np.int32))),
     "sink_length": ("head_sink", _replace("head_sink", np.zeros(2, np.float32))),
     "slopes_length": ("alibi_slopes", _replace("alibi_slopes", np.zeros(2, np.float32))),
+    "key_without_value": ("key", lambda i: i.pop("value")),
+    "packed_width": ("query", lambda i: [i.pop("key"), i.pop("value")]),
+    "q_norm_alone": ("k_norm_weight", _replace("q_norm_weight", np.ones(48, np.float32))),
+    "q_norm_length": ("q_norm_weight", lambda i: i.update(q_norm_weight=np.ones(47, np.float32), k_norm_weight=np.ones(48, np.float32))),
+    "k_norm_length": ("k_norm_weight", lambda i: i.update(q_norm_weight=np.ones(48, np.float32), k_norm_weight=np.ones(47, np.float32))),
+    "int8_key_width": ("key_cache", lambda i: i.update({n: np.zeros(i[n].shape, np.uint8) for n in ("key_cache", "value_cache")})),
+    "int8_value_width": ("value_cache", lambda i: i.update(key_cache=np.zeros((20, 2, 56, 32), np.uint8), value_cache=np.zeros((20, 2, 32, 40), np.uint8))),
     "cos_without_sin": ("sin_cache", lambda i: i.pop("sin_cache")),
     "cos_and_sin_differ": ("sin_cache", lambda i: i.update(sin_cache=i["sin_cache"][:-1].copy())),
     "rotary_too_wide": ("cos_cache", _tables(lambda table: np.zeros((303, 25), np.float32))),
     "table_of_positions_too_short": ("cos_cache", _tables(lambda table: table[:302].copy())),
     **{
         f"reserved_{name}": (name, _replace(name, np.zeros(1, np.int32 if name == "attention_metadata" else np.float32)))
-        for name in ("q_norm_weight", "k_norm_weight", "k_scale", "v_scale", "attention_metadata")
+        for name in ("k_scale", "v_scale", "attention_metadata")
     },
 }
 
@@ -141,6 +148,7 @@ _BAD_ATTRIBUTES = {
     "local_window_size": (0, -2, 3.0),
     "rotary_interleaved": (2, -1, 1.0),
     "chunk_size": (0, -2, 3.0),
+    "qk_norm_epsilon": (-1.0, float("nan"), 1),
     "is_causal": (2, -1, 1.0),
 }
 

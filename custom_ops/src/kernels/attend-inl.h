@@ -36,7 +36,7 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
     key[v] = static_cast<const T*>(view.key[at >> view.log2_block]) + (at & ((1 << view.log2_block) - 1));
   }
   for (int r = 0; r < R; ++r) {
-    query[r] = tile.query[row + r];
+    query[r] = static_cast<const float*>(tile.query[row + r]);
     for (int v = 0; v < V; ++v) acc[r][v] = broadcast(0.0f);
   }
   for (int d = 0; d < tile.D; ++d) {

@@ -21,7 +21,7 @@ struct Tile {
   std::int32_t lo[kLanes], hi[kLanes];
   std::int32_t position[kLanes];        // of the query, for the slopes
   float slope[kLanes];
-  const float* query[kLanes];           // D each, rotated and scaled
+  const void* query[kLanes];            // float[D], rotated and scaled; for the int8 cache as int8_layout.h says
   const void* bias[kLanes];             // indexed by key position; float is added, bool false hides
   const std::uint8_t* key_mask;         // indexed by key position, 0 hides; or null
   std::int32_t keys;                    // bias and key_mask have this many entries
@@ -42,20 +42,29 @@ struct Rotary {
   bool interleaved;
 };
 
+// What depends on how keys and values are stored.
+struct CacheKernels {
+  // The softmax state of one chunk alone.
+  void (*attend_chunk)(const Tile&, const ChunkView&, const Softmax& out);
+  // A rotated and scaled query of D floats as the products take it. Null: as it is.
+  void (*prepare_query)(const float* query, int D, void* row);
+  // Store one head of one token in slot `slot` of a block of P, rounded to the cache's format.
+  void (*append_key)(const float* key, int D, void* block, int slot, int P);
+  void (*append_value)(const float* value, int E, void* block, int slot, int P);
+};
+
 struct Kernels {
   const char* name;
   const QuantKernels* quant;
-  // The softmax state of one chunk alone.
-  void (*attend_chunk[2])(const Tile&, const ChunkView&, const Softmax& out);
+  const CacheKernels* cache[kCacheTypes];
   // state = state merged with the state of the next chunk.
   void (*merge)(int rows, int E, const Softmax& state, const Softmax& chunk);
   // out[r][e] = o / l, after sink[r] (or null) has joined the softmax; 0 where nothing was seen.
   void (*finish)(int rows, int E, const Softmax& state, const float* sink, float* const* out);
   // y = rotate(x)·scale for one head of D.
   void (*rotate)(const float* x, float* y, int D, const Rotary&, float scale);
-  // Store one head of one token, rounded to the cache's type: keys `stride` elements apart, values in a row.
-  void (*append_key[2])(const float* key, int D, void* slot, std::int64_t stride);
-  void (*append_value[2])(const float* value, int E, void* slot);
+  // y = x/√(mean(x²) + epsilon)·weight for one head of D.
+  void (*normalize)(const float* x, float* y, int D, const float* weight, float epsilon);
 };
 
 }  // namespace octavo

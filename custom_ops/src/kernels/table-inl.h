@@ -7,15 +7,11 @@
 namespace octavo::OCTAVO_TARGET {
 
 // constexpr: the table is data in the file, and no code of this instruction set runs before it is chosen.
-constexpr Kernels table(const char* name, const QuantKernels* quant) {
-  return {name,
-          quant,
-          {attend_chunk<float>, attend_chunk<Half>},
-          merge,
-          finish,
-          rotate,
-          {append_key<float>, append_key<Half>},
-          {append_value<float>, append_value<Half>}};
+inline constexpr CacheKernels float_cache = {attend_chunk<float>, nullptr, append_key<float>, append_value<float>};
+inline constexpr CacheKernels half_cache = {attend_chunk<Half>, nullptr, append_key<Half>, append_value<Half>};
+
+constexpr Kernels table(const char* name, const QuantKernels* quant, const CacheKernels* int8_cache) {
+  return {name, quant, {&float_cache, &half_cache, int8_cache}, merge, finish, rotate, normalize};
 }
 
 }  // namespace octavo::OCTAVO_TARGET

@@ -5,7 +5,7 @@
 //     key    [D][P]     element (d, slot) at d·P + slot     lanes run over slots, the reduction over D stays in order
 //     value  [P][E]     element (slot, e) at slot·E + e     lanes run over E, the reduction over keys stays in order
 //
-// so that a whole key cache is [N][G][D][P] and a whole value cache [N][G][P][E].
+// so that a whole key cache is [N][G][D][P] and a whole value cache [N][G][P][E]. int8_layout.h draws the blocks of the int8 cache, which are bytes.
 #pragma once
 #include <cstdint>
 
@@ -21,15 +21,16 @@ struct Half {
   std::uint16_t bits;
 };
 
-enum CacheType : int { kCacheFloat = 0, kCacheHalf = 1 };
+enum CacheType : int { kCacheFloat = 0, kCacheHalf = 1, kCacheInt8 = 2 };
+inline constexpr int kCacheTypes = 3;
 
 // Where the kChunk positions from `first` lie. Block i holds positions [first + i·2^log2_block, …) of this KV head; a block that no row of
 // the tile sees may be null and is never touched. Inside a touched block every slot is readable memory of any content.
 struct ChunkView {
   std::int32_t first;
   int log2_block;
-  std::int64_t key_stride;    // elements between (d, slot) and (d + 1, slot)
-  std::int64_t value_stride;  // elements between (slot, e) and (slot + 1, e)
+  std::int64_t key_stride;    // elements between (d, slot) and (d + 1, slot); of fp32 and fp16 only
+  std::int64_t value_stride;  // elements between (slot, e) and (slot + 1, e); of fp32 and fp16 only
   const void* key[kMaxBlocks];
   const void* value[kMaxBlocks];
 };

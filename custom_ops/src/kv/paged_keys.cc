@@ -5,12 +5,31 @@
 namespace octavo {
 namespace {
 
+// `count` items, `stride` items apart, from place `from_at` of one block to place `to_at` of another.
 template <class T>
-void copy_slot(const PagedCache& cache, std::int64_t slot, int g, T* key, T* value) {
-  const T* from_key = reinterpret_cast<const T*>(cache.key_at(slot, g));
-  const T* from_value = reinterpret_cast<const T*>(cache.value_at(slot, g));
-  for (std::int64_t d = 0; d < cache.D; ++d) key[d * cache.P] = from_key[d * cache.P];
-  std::copy(from_value, from_value + cache.E, value);
+void copy_items(const char* from, std::int64_t from_at, char* to, std::int64_t to_at, std::int64_t count, std::int64_t stride) {
+  const T* source = reinterpret_cast<const T*>(from) + from_at;
+  T* target = reinterpret_cast<T*>(to) + to_at;
+  for (std::int64_t i = 0; i < count; ++i) target[i * stride] = source[i * stride];
+}
+
+// One slot of the cache into place `to` of a block of our own.
+void copy_slot(const PagedCache& cache, std::int64_t slot, int g, char* key, char* value, std::int64_t to) {
+  const char* from_key = cache.key_block(slot, g);
+  const char* from_value = cache.value_block(slot, g);
+  const std::int64_t P = cache.P, E = cache.E, at = slot % P;
+  if (cache.type == kCacheHalf) {
+    copy_items<std::uint16_t>(from_key, at, key, to, cache.D, P);
+    copy_items<std::uint16_t>(from_value, at * E, value, to * E, E, 1);
+  } else if (cache.type == kCacheFloat) {
+    copy_items<std::uint32_t>(from_key, at, key, to, cache.D, P);
+    copy_items<std::uint32_t>(from_value, at * E, value, to * E, E, 1);
+  } else {
+    const std::int64_t padded = int8_padded(E);
+    copy_items<std::uint32_t>(from_key, at, key, to, int8_key_width(cache.D) / 4, P);  // quads of d, then scales: all P apart
+    copy_items<std::uint8_t>(from_value, at / 4 * padded * 4 + at % 4, value, to / 4 * padded * 4 + to % 4, padded, 4);
+    copy_items<std::uint32_t>(from_value + padded * P, at, value + padded * P, to, 1, 1);
+  }
 }
 
 }  // namespace
@@ -23,8 +42,8 @@ void PagedKeys::view(std::int64_t sequence, int g, std::int32_t chunk, std::size
   out->value_stride = cache_.E;
   for (std::int64_t i = 0; i < kChunk / cache_.P; ++i) {
     const std::int64_t slot = slot_of(input_, owner.b, out->first + i * cache_.P);
-    out->key[i] = slot < 0 ? nullptr : cache_.key_at(slot, g);
-    out->value[i] = slot < 0 ? nullptr : cache_.value_at(slot, g);
+    out->key[i] = slot < 0 ? nullptr : cache_.key_block(slot, g);
+    out->value[i] = slot < 0 ? nullptr : cache_.value_block(slot, g);
   }
   if (owner.tree_row >= 0) gather(owner.tree_row, owner.b, g, lane, out);
 }
@@ -40,21 +59,16 @@ void PagedKeys::gather(std::int32_t row, std::int64_t b, int g, std::size_t lane
     if (at < kChunk) ancestor[at] = r;
   }
   char* base = lane_scratch_ + static_cast<std::int64_t>(lane) * lane_bytes(cache_);
-  const std::int64_t size = cache_.element_size(), P = cache_.P;
+  const std::int64_t P = cache_.P;
   for (std::int64_t i = 0; i < kChunk / P; ++i) {
     const std::int64_t begin = first + i * P, end = begin + P;
     if (end <= past || begin >= range.hi) continue;
-    char* key = base + i * P * cache_.D * size;
-    char* value = base + (kChunk * cache_.D + i * P * cache_.E) * size;
+    char* key = base + i * P * cache_.key_bytes();
+    char* value = base + kChunk * cache_.key_bytes() + i * P * cache_.value_bytes();
     for (std::int64_t p = std::max<std::int64_t>(begin, range.lo); p < std::min<std::int64_t>(end, range.hi); ++p) {
       const std::int32_t from = p < past ? -1 : ancestor[p - first];
       const std::int64_t slot = from >= 0 && input_.slots[from] >= 0 ? input_.slots[from] : slot_of(input_, b, p);
-      const std::int64_t at = p - begin;
-      if (cache_.type == kCacheHalf) {
-        copy_slot(cache_, slot, g, reinterpret_cast<std::uint16_t*>(key) + at, reinterpret_cast<std::uint16_t*>(value) + at * cache_.E);
-      } else {
-        copy_slot(cache_, slot, g, reinterpret_cast<std::uint32_t*>(key) + at, reinterpret_cast<std::uint32_t*>(value) + at * cache_.E);
-      }
+      copy_slot(cache_, slot, g, key, value, p - begin);
     }
     out->key[i] = key;
     out->value[i] = value;

@@ -1,25 +1,25 @@
 // The paged cache as a KeySource, draft trees included.
 #pragma once
 #include "attention.h"
+#include "kv/int8_layout.h"
 #include "kv/step.h"
 
 namespace octavo {
 
-// One layer's cache tensors: keys (N, G, D, P), values (N, G, P, E).
+// One layer's cache tensors: keys (N, G, D, P), values (N, G, P, E); of the int8 cache with its own widths (int8_layout.h) for D and E.
 struct PagedCache {
   CacheType type;
   std::int64_t N, G, D, E, P;
   void* key;
   void* value;
 
-  std::int64_t element_size() const { return type == kCacheHalf ? 2 : 4; }
-  // Address of (d = 0) and (e = 0) of one slot.
-  char* key_at(std::int64_t slot, std::int64_t g) const {
-    return static_cast<char*>(key) + ((slot / P * G + g) * D * P + slot % P) * element_size();
-  }
-  char* value_at(std::int64_t slot, std::int64_t g) const {
-    return static_cast<char*>(value) + ((slot / P * G + g) * P + slot % P) * E * element_size();
-  }
+  // Bytes of one slot of one KV head.
+  std::int64_t key_bytes() const { return type == kCacheInt8 ? int8_key_width(D) : D * element_size(); }
+  std::int64_t value_bytes() const { return type == kCacheInt8 ? int8_value_width(E) : E * element_size(); }
+  std::int64_t element_size() const { return type == kCacheInt8 ? 1 : type == kCacheHalf ? 2 : 4; }
+  // The block that a slot lies in.
+  char* key_block(std::int64_t slot, std::int64_t g) const { return static_cast<char*>(key) + (slot / P * G + g) * P * key_bytes(); }
+  char* value_block(std::int64_t slot, std::int64_t g) const { return static_cast<char*>(value) + (slot / P * G + g) * P * value_bytes(); }
 };
 
 class PagedKeys final : public KeySource {
@@ -28,7 +28,7 @@ class PagedKeys final : public KeySource {
   PagedKeys(const PagedCache& cache, const StepInput& input, const Step& step, char* lane_scratch)
       : cache_(cache), input_(input), step_(step), lane_scratch_(lane_scratch) {}
 
-  static std::int64_t lane_bytes(const PagedCache& cache) { return kChunk * (cache.D + cache.E) * cache.element_size(); }
+  static std::int64_t lane_bytes(const PagedCache& cache) { return kChunk * (cache.key_bytes() + cache.value_bytes()); }
 
   void view(std::int64_t sequence, int g, std::int32_t chunk, std::size_t lane, ChunkView* out) const override;
 

@@ -82,7 +82,8 @@ class FlashAttention {
     attention.E = static_cast<int>(n.E);
     attention.cache_type = kCacheFloat;
     attention.softcap = heads_.softcap;
-    attention.query = query;
+    attention.query = reinterpret_cast<const char*>(query);
+    attention.query_bytes = n.D * static_cast<std::int64_t>(sizeof(float));
     attention.output = output;
     attention.ranges = ranges;
     attention.sequences = sequences;
@@ -163,8 +164,8 @@ class FlashAttention {
       const std::int64_t piece = item - query_items, chunk = piece % n.chunks(), g = piece / n.chunks() % G, b = piece / n.chunks() / G;
       const std::int64_t first = chunk * kChunk, count = std::min<std::int64_t>(kChunk, n.T - first);
       for (std::int64_t j = 0; j < count; ++j) {
-        kernels.append_key[kCacheFloat](in[kKey].as<float>() + ((b * n.T + first + j) * G + g) * D, static_cast<int>(D),
-                                        packed + piece * D * kChunk + j, kChunk);
+        kernels.cache[kCacheFloat]->append_key(in[kKey].as<float>() + ((b * n.T + first + j) * G + g) * D, static_cast<int>(D),
+                                               packed + piece * D * kChunk, static_cast<int>(j), kChunk);
       }
     });
   }

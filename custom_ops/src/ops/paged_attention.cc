@@ -1,4 +1,5 @@
 // ai.octavo::PagedAttention: tensors to checked spans, then append, then attend.
+#include <cmath>
 #include <initializer_list>
 
 #include "kv/paged_keys.h"
@@ -16,8 +17,8 @@ enum Input : std::size_t {
 
 // Names and order are those of custom_ops/contract.py; a test compares them.
 constexpr PortDefinition kInputs[] = {
-    {"query", ort::kFloat, false},          {"key", ort::kFloat, false},
-    {"value", ort::kFloat, false},          {"key_cache", ort::kUndefined, false},
+    {"query", ort::kFloat, false},          {"key", ort::kFloat, true},
+    {"value", ort::kFloat, true},          {"key_cache", ort::kUndefined, false},
     {"value_cache", ort::kUndefined, false}, {"cumulative_sequence_length", ort::kInt32, false},
     {"past_seqlens", ort::kInt32, false},   {"block_table", ort::kInt32, false},
     {"cos_cache", ort::kFloat, true},       {"sin_cache", ort::kFloat, true},
@@ -35,6 +36,8 @@ class PagedAttention {
   Status init(const Attributes& attributes) {
     OCTAVO_TRY(heads_.init(attributes));
     OCTAVO_TRY(attributes.get("rotary_interleaved", &interleaved_));
+    OCTAVO_TRY(attributes.get("qk_norm_epsilon", &norm_epsilon_));
+    if (!std::isfinite(norm_epsilon_) || norm_epsilon_ < 0) return Status::invalid("attribute 'qk_norm_epsilon' must be finite and not negative");
     if (interleaved_ != 0 && interleaved_ != 1) {
       return Status::invalid("attribute 'rotary_interleaved' is %lld, must be 0 or 1", static_cast<long long>(interleaved_));
     }
@@ -51,17 +54,19 @@ class PagedAttention {
     PagedCache cache{};
     StepInput step_input{};
     Step step{};
-    OCTAVO_TRY(check(in, &cache, &step_input));
+    Rows rows{};
+    OCTAVO_TRY(check(in, &rows, &cache, &step_input));
     OCTAVO_TRY(read_step(step_input, call.scratch, &step));
 
-    float* query = nullptr;
+    char* query = nullptr;
+    const std::int64_t query_bytes = cache.type == kCacheInt8 ? int8_query_bytes(cache.D) : cache.D * static_cast<std::int64_t>(sizeof(float));
     float* output = nullptr;
     char* lanes = nullptr;
     const std::int64_t T = step_input.T;
-    OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(T * heads_.H * cache.D), &query));
+    OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(T * heads_.H * query_bytes), &query));
     if (step.has_tree) OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(PagedKeys::lane_bytes(cache)) * kMaxLanes, &lanes));
     OCTAVO_TRY(call.output(0, {T, heads_.H * cache.E}, &output));
-    OCTAVO_TRY(append(call, in, cache, step_input, step, query));
+    OCTAVO_TRY(append(call, in, rows, cache, step_input, step, query, query_bytes));
 
     const PagedKeys keys(cache, step_input, step, lanes);
     Attention attention{};
@@ -72,6 +77,7 @@ class PagedAttention {
     attention.cache_type = cache.type;
     attention.softcap = heads_.softcap;
     attention.query = query;
+    attention.query_bytes = query_bytes;
     attention.output = output;
     attention.ranges = step.ranges;
     attention.sequences = step.sequences;
@@ -83,28 +89,58 @@ class PagedAttention {
   }
 
  private:
+  // Where the heads of a token lie: `stride` floats from one token to the next.
+  struct Rows {
+    const float *query, *key, *value;
+    std::int64_t query_stride, key_stride, value_stride;
+  };
+
+  // Head sizes and rows, from query, key and value, or from a query that holds all three.
+  Status check_rows(const Tensor* in, Rows* rows, std::int64_t* D, std::int64_t* E) const {
+    const std::int64_t H = heads_.H, G = heads_.G;
+    OCTAVO_TRY(expect_shape(in[kQuery], {-1, -1}, "(T, H*D) or (T, (H+2*G)*D)"));
+    const std::int64_t T = in[kQuery].shape[0], width = in[kQuery].shape[1];
+    if (in[kKey].present() != in[kValue].present()) return Status::invalid("inputs 'key' and 'value' must be given together, or lie in 'query'");
+    rows->query = in[kQuery].as<float>();
+    rows->query_stride = width;
+    if (!in[kKey].present()) {
+      OCTAVO_TRY(head_size(in[kQuery], 1, H + 2 * G, D));
+      *E = *D;
+      rows->key = rows->query + H * *D;
+      rows->value = rows->key + G * *D;
+      rows->key_stride = rows->value_stride = width;
+      return Status::ok();
+    }
+    OCTAVO_TRY(head_size(in[kQuery], 1, H, D));
+    OCTAVO_TRY(expect_shape(in[kKey], {T, G * *D}, "(T, G*D)"));
+    OCTAVO_TRY(expect_shape(in[kValue], {T, -1}, "(T, G*E)"));
+    OCTAVO_TRY(head_size(in[kValue], 1, G, E));
+    rows->key = in[kKey].as<float>();
+    rows->value = in[kValue].as<float>();
+    rows->key_stride = G * *D;
+    rows->value_stride = G * *E;
+    return Status::ok();
+  }
+
   // Shapes and types of every input, against each other and the attributes.
-  Status check(const Tensor* in, PagedCache* cache, StepInput* step) const {
-    for (std::size_t i : {kQNormWeight, kKNormWeight, kKScale, kVScale, kMetadata}) {
+  Status check(const Tensor* in, Rows* rows, PagedCache* cache, StepInput* step) const {
+    for (std::size_t i : {kKScale, kVScale, kMetadata}) {
       if (in[i].present()) return Status::invalid("input '%s' is reserved and must be absent", in[i].name);
     }
     const std::int64_t H = heads_.H, G = heads_.G;
-    std::int64_t D = 0, E = 0, key_D = 0;
-    OCTAVO_TRY(expect_shape(in[kQuery], {-1, -1}, "(T, H*D)"));
-    OCTAVO_TRY(head_size(in[kQuery], 1, H, &D));
+    std::int64_t D = 0, E = 0;
+    OCTAVO_TRY(check_rows(in, rows, &D, &E));
     const std::int64_t T = in[kQuery].shape[0];
-    OCTAVO_TRY(expect_shape(in[kKey], {T, G * D}, "(T, G*D)"));
-    OCTAVO_TRY(head_size(in[kKey], 1, G, &key_D));
-    OCTAVO_TRY(expect_shape(in[kValue], {T, -1}, "(T, G*E)"));
-    OCTAVO_TRY(head_size(in[kValue], 1, G, &E));
-    OCTAVO_TRY(expect_shape(in[kKeyCache], {-1, G, D, -1}, "(N, G, D, P)"));
+    const CacheType type = in[kKeyCache].type == ort::kUint8 ? kCacheInt8 : in[kKeyCache].type == ort::kFloat16 ? kCacheHalf : kCacheFloat;
+    if (type == kCacheFloat) OCTAVO_TRY(expect_type(in[kKeyCache], ort::kFloat, "float32, float16 or uint8"));
+    const bool int8 = type == kCacheInt8;
+    OCTAVO_TRY(expect_shape(in[kKeyCache], {-1, G, int8 ? int8_key_width(D) : D, -1}, "(N, G, D, P)"));
     const std::int64_t N = in[kKeyCache].shape[0], P = in[kKeyCache].shape[3];
     if (P < kLanes || P > kChunk || (P & (P - 1)) != 0) {
       return Status::invalid("input 'key_cache' has blocks of %lld slots, must be 16, 32, 64, 128 or 256", static_cast<long long>(P));
     }
     if (N > INT32_MAX / P) return Status::invalid("input 'key_cache' has more slots than an int32 can number");
-    OCTAVO_TRY(expect_shape(in[kValueCache], {N, G, P, E}, "(N, G, P, E)"));
-    if (in[kKeyCache].type != ort::kFloat) OCTAVO_TRY(expect_type(in[kKeyCache], ort::kFloat16, "float32 or float16"));
+    OCTAVO_TRY(expect_shape(in[kValueCache], {N, G, P, int8 ? int8_value_width(E) : E}, "(N, G, P, E)"));
     OCTAVO_TRY(expect_type(in[kValueCache], static_cast<ort::ElementType>(in[kKeyCache].type), "that of key_cache"));
     OCTAVO_TRY(expect_shape(in[kCumulative], {-1}, "(B+1)"));
     if (in[kCumulative].shape[0] < 1) return Status::invalid("input 'cumulative_sequence_length' is empty, expected (B+1)");
@@ -116,11 +152,21 @@ class PagedAttention {
     if (in[kHeadSink].present()) OCTAVO_TRY(expect_shape(in[kHeadSink], {H}, "(H)"));
     if (in[kAlibiSlopes].present()) OCTAVO_TRY(expect_shape(in[kAlibiSlopes], {H}, "(H)"));
     OCTAVO_TRY(check_rotary(in, D));
-    *cache = {in[kKeyCache].type == ort::kFloat16 ? kCacheHalf : kCacheFloat, N, G, D, E, P, in[kKeyCache].data, in[kValueCache].data};
+    OCTAVO_TRY(check_norms(in, D));
+    *cache = {type, N, G, D, E, P, in[kKeyCache].data, in[kValueCache].data};
     *step = {T, B, in[kBlockTable].shape[1], N, P, heads_.window, chunk_, in[kCosCache].present() ? in[kCosCache].shape[0] : -1,
              in[kCumulative].as<std::int32_t>(), in[kPast].as<std::int32_t>(), in[kBlockTable].as<std::int32_t>(),
              in[kSlotMapping].as<std::int32_t>(), in[kParent].as<std::int32_t>()};
     return Status::ok();
+  }
+
+  Status check_norms(const Tensor* in, std::int64_t D) const {
+    if (in[kQNormWeight].present() != in[kKNormWeight].present()) {
+      return Status::invalid("inputs 'q_norm_weight' and 'k_norm_weight' must be given together");
+    }
+    if (!in[kQNormWeight].present()) return Status::ok();
+    OCTAVO_TRY(expect_shape(in[kQNormWeight], {D}, "(D)"));
+    return expect_shape(in[kKNormWeight], {D}, "(D)");
   }
 
   Status check_rotary(const Tensor* in, std::int64_t D) const {
@@ -137,27 +183,37 @@ class PagedAttention {
     return Status::ok();
   }
 
-  // Rotated and scaled queries into `query`, rotated keys and values into the cache.
-  Status append(Call& call, const Tensor* in, const PagedCache& cache, const StepInput& step_input, const Step& step, float* query) const {
+  // Normed, rotated and scaled queries into `query`, normed and rotated keys and values into the cache.
+  Status append(Call& call, const Tensor* in, const Rows& rows, const PagedCache& cache, const StepInput& step_input, const Step& step, char* query,
+                std::int64_t query_bytes) const {
     constexpr std::int64_t rows_per_item = 8;  // several microseconds of work, far above the cost of taking an item
     const std::int64_t T = step_input.T, D = cache.D, E = cache.E;
     const Kernels& kernels = *call.kernels;
+    const CacheKernels& stored = *kernels.cache[cache.type];
+    const int size = static_cast<int>(D), P = static_cast<int>(cache.P);
     const std::int64_t half = in[kCosCache].present() ? in[kCosCache].shape[1] : 0;
     const float scale = heads_.scale_for(D);
     const auto row = [&](std::int64_t t) {
       const std::int64_t at = step.ranges[t].position * half;
       const Rotary rotary{half ? in[kCosCache].as<float>() + at : nullptr, half ? in[kSinCache].as<float>() + at : nullptr,
                           static_cast<int>(half), interleaved_ == 1};
-      for (std::int64_t h = t * heads_.H; h < (t + 1) * heads_.H; ++h) {
-        kernels.rotate(in[kQuery].as<float>() + h * D, query + h * D, static_cast<int>(D), rotary, scale);
+      alignas(64) float normed[kMaxHead], rotated[kMaxHead];
+      const auto turn = [&](const float* x, const Tensor& weight, float factor, float* y) {
+        if (weight.present()) kernels.normalize(x, normed, size, weight.as<float>(), norm_epsilon_);
+        kernels.rotate(weight.present() ? normed : x, y, size, rotary, factor);
+      };
+      for (std::int64_t h = 0; h < heads_.H; ++h) {
+        char* to = query + (t * heads_.H + h) * query_bytes;
+        turn(rows.query + t * rows.query_stride + h * D, in[kQNormWeight], scale, stored.prepare_query ? rotated : reinterpret_cast<float*>(to));
+        if (stored.prepare_query) stored.prepare_query(rotated, size, to);
       }
       const std::int64_t slot = step_input.slots[t];
       if (slot < 0) return;
       for (std::int64_t g = 0; g < heads_.G; ++g) {
-        float key[kMaxHead];
-        kernels.rotate(in[kKey].as<float>() + (t * heads_.G + g) * D, key, static_cast<int>(D), rotary, 1.0f);
-        kernels.append_key[cache.type](key, static_cast<int>(D), cache.key_at(slot, g), cache.P);
-        kernels.append_value[cache.type](in[kValue].as<float>() + (t * heads_.G + g) * E, static_cast<int>(E), cache.value_at(slot, g));
+        const int place = static_cast<int>(slot % P);
+        turn(rows.key + t * rows.key_stride + g * D, in[kKNormWeight], 1.0f, rotated);
+        stored.append_key(rotated, size, cache.key_block(slot, g), place, P);
+        stored.append_value(rows.value + t * rows.value_stride + g * E, static_cast<int>(E), cache.value_block(slot, g), place, P);
       }
     };
     return call.parallel.run(static_cast<std::size_t>((T + rows_per_item - 1) / rows_per_item), [&](std::size_t item, std::size_t) {
@@ -169,6 +225,7 @@ class PagedAttention {
   Heads heads_;
   std::int64_t interleaved_ = 0;
   std::int64_t chunk_ = -1;
+  float norm_epsilon_ = 1e-6f;
 };
 
 }  // namespace

@@ -1,0 +1,206 @@
+// One chunk of the int8 cache against one tile of query rows, all products in integers.
+//
+// The score of a key is, groups ascending from 0, f = fma(float(n)·query scale, key scale, f) with the exact n = Σ q·k of the group. In a chunk
+// every row has its own maximum m of the keys that it sees; p = exp(score − m); l = Σ p in sixteen lanes and one tree; w = p·value scale is
+// rounded to u8 against the largest w of the row in this chunk; o = float(Σ u8·v)·(that/255), the sum exact. A key that the row does not
+// see has the byte 0 and takes no part, whatever its bytes and scales are: so nothing of a row depends on its company, as in attend-inl.h.
+#pragma once
+#include "kernels/attend-inl.h"
+#include "kv/int8_layout.h"
+
+namespace octavo::OCTAVO_INT8_TARGET {
+
+struct QueryRow {
+  const float* scale;
+  const std::int32_t* start;
+  const std::int8_t* q;
+};
+
+OCTAVO_INLINE QueryRow query_row(const Tile& tile, int r, int groups) {
+  const float* scale = static_cast<const float*>(tile.query[r]);
+  const std::int32_t* start = reinterpret_cast<const std::int32_t*>(scale + groups);
+  return {scale, start, reinterpret_cast<const std::int8_t*>(start + groups)};
+}
+
+template <int R, int V>
+OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row, int vec, float (*scores)[kChunk]) {
+  const int P = 1 << view.log2_block, groups = static_cast<int>(int8_groups(tile.D)), quads = static_cast<int>(int8_padded(tile.D)) / 4;
+  const int size = groups == 1 ? quads : kScaleGroup / 4;
+  const std::uint8_t* key[V];
+  const float* scale[V];
+  QueryRow query[R];
+  for (int v = 0; v < V; ++v) {
+    const int at = (vec + v) * kLanes, slot = at & (P - 1);
+    const std::uint8_t* block = static_cast<const std::uint8_t*>(view.key[at >> view.log2_block]);
+    key[v] = block + slot * 4;
+    scale[v] = reinterpret_cast<const float*>(block + quads * 4 * P) + slot;
+  }
+  for (int r = 0; r < R; ++r) query[r] = query_row(tile, row + r, groups);
+  for (int g = 0; g < groups; ++g) {
+    Ints acc[R][V];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) acc[r][v] = broadcast_int(query[r].start[g]);
+    }
+    const int end = quads < (g + 1) * size ? quads : (g + 1) * size;
+    for (int quad = g * size; quad < end; ++quad) {
+      Unsigned k[V];
+      for (int v = 0; v < V; ++v) k[v] = load_unsigned(key[v] + quad * 4 * P);
+      for (int r = 0; r < R; ++r) {
+        const Signed q = broadcast_signed(query[r].q + quad * 4);
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], k[v], q);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      const Vec key_scale = load(scale[v] + g * P);
+      for (int r = 0; r < R; ++r) {
+        float* to = &scores[row + r][(vec + v) * kLanes];
+        const Vec f = mul(to_float(acc[r][v]), broadcast(query[r].scale[g]));
+        store(to, fma(f, key_scale, g == 0 ? broadcast(0.0f) : load(to)));
+      }
+    }
+  }
+}
+
+OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk]) {
+  for (int row = 0; row < tile.rows;) {
+    const int rows = tile.rows - row < kRows ? tile.rows - row : kRows;
+    with_size<kRows>(rows, [&](auto size) __attribute__((always_inline)) {
+      constexpr int R = decltype(size)::value, V = vecs(R);
+      int vec = first_vec;
+      for (; vec + V <= last_vec; vec += V) score_block<R, V>(tile, view, row, vec, scores);
+      for (; vec < last_vec; ++vec) score_block<R, 1>(tile, view, row, vec, scores);
+    });
+    row += rows;
+  }
+}
+
+// exp(x) for x ≤ 0, relative error 3e-6 (the result is rounded to eight bits), exp(0) is exactly 1, 0 below −87; NaN stays NaN.
+OCTAVO_INLINE Vec exp_short(Vec x, Mask gone) {
+  const Vec shift = broadcast(12582912.0f), log2e = broadcast(1.44269504f);
+  const Vec t = fma(x, log2e, shift);
+  const Vec r = fma(x, log2e, sub(shift, t));
+  Vec p = broadcast(0.00958284828811884f);
+  p = fma(p, r, broadcast(0.05590643733739853f));
+  p = fma(p, r, broadcast(0.24024099111557007f));
+  p = fma(p, r, broadcast(0.6931241750717163f));
+  return select(gone, broadcast(0.0f), scale_by_power(fma(p, r, broadcast(1.0f)), t));
+}
+
+struct RowState {
+  float m, l, factor;  // factor: what one unit of the row's bytes is worth
+};
+
+// scores[r] is used up; bytes[0, kChunk) of the vectors from first_vec to last_vec are written.
+OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, int first_vec, int last_vec, const float* value_scale,
+                                   float* scores, std::uint8_t* bytes) {
+  const Range seen = within(tile, r, first);
+  for (int at = first_vec * kLanes; at < last_vec * kLanes; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
+  if (seen.lo >= seen.hi) return {-kInfinity, 0.0f, 0.0f};
+  const int from = seen.lo / kLanes * kLanes, to = (seen.hi + kLanes - 1) / kLanes * kLanes;
+  Vec highest = broadcast(-kInfinity);
+  if (tile.softcap != 0.0f || tile.has_slopes) {
+    for (int at = from; at < to; at += kLanes) store(scores + at, finished_score(tile, first, r, at, seen, load(scores + at)));
+  } else {  // only the ends can be hidden
+    for (int at = from; at < to; at += to - from - kLanes > 0 ? to - from - kLanes : kLanes) {
+      store(scores + at, select(lanes(seen.lo - at, seen.hi - at), load(scores + at), broadcast(-kInfinity)));
+    }
+  }
+  for (int at = from; at < to; at += kLanes) highest = max(load(scores + at), highest);
+  const float m = maximum(highest);
+  Vec total = broadcast(0.0f), heaviest = broadcast(0.0f);
+  if (m == -kInfinity) {  // every score is −inf, or NaN
+    for (int at = from; at < to; at += kLanes) {
+      const Vec score = load(scores + at);
+      total = add(total, select(equal(score, broadcast(-kInfinity)), broadcast(0.0f), score));
+    }
+    const float l = sum(total);
+    return {l != l ? l : m, l, 0.0f};
+  }
+  for (int at = from; at < to; at += kLanes) {
+    const Vec x = sub(load(scores + at), broadcast(m));
+    const Mask gone = less(x, broadcast(-87.0f));
+    const Vec p = exp_short(x, gone), w = select(gone, broadcast(0.0f), mul(p, load(value_scale + at)));
+    total = add(total, p);
+    heaviest = max_bits(w, heaviest);
+    store(scores + at, w);
+  }
+  const float l = sum(total), top = maximum_bits(heaviest);
+  if (top < 0x1p-120f) return {l != l ? l : m, l, 0.0f};
+  const Vec inverse = broadcast(255.0f / top);
+  for (int at = from; at < to; at += kLanes) store_rounded(bytes + at, mul(load(scores + at), inverse));
+  return {l != l ? l : m, l, top / 255.0f};
+}
+
+template <int R, int V>
+OCTAVO_INLINE void value_block(const Tile& tile, const ChunkView& view, int row, int e, int first, int last, const std::uint8_t (*bytes)[kChunk],
+                               const float* factors, float* o, int o_stride) {
+  const int P = 1 << view.log2_block, quad_bytes = static_cast<int>(int8_padded(tile.E)) * 4;
+  Ints acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = broadcast_int(0);
+  }
+  for (int at = first; at < last;) {
+    const int end = (at | (P - 1)) + 1 < last ? (at | (P - 1)) + 1 : last;
+    const std::int8_t* value = static_cast<const std::int8_t*>(view.value[at >> view.log2_block]) + (at & (P - 1)) / 4 * quad_bytes + e * 4;
+    for (; at < end; at += 4, value += quad_bytes) {
+      Signed x[V];
+      for (int v = 0; v < V; ++v) x[v] = load_signed(value + v * 4 * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Unsigned p = broadcast_unsigned(bytes[row + r] + at);
+        for (int v = 0; v < V; ++v) acc[r][v] = dot(acc[r][v], p, x[v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) store(o + (row + r) * o_stride + e + v * kLanes, mul(to_float(acc[r][v]), broadcast(factors[row + r])));
+  }
+}
+
+// The last vector of e may reach into the next quad or the scales: what its lanes hold there is never read.
+OCTAVO_INLINE void value_all(const Tile& tile, const ChunkView& view, int first, int last, const std::uint8_t (*bytes)[kChunk],
+                             const float* factors, float* o) {
+  const int o_stride = (tile.E + kLanes - 1) / kLanes * kLanes;
+  for (int row = 0; row < tile.rows;) {
+    const int rows = tile.rows - row < kRows ? tile.rows - row : kRows;
+    with_size<kRows>(rows, [&](auto size) __attribute__((always_inline)) {
+      constexpr int R = decltype(size)::value, V = vecs(R);
+      int e = 0;
+      for (; e + V * kLanes <= o_stride; e += V * kLanes) value_block<R, V>(tile, view, row, e, first, last, bytes, factors, o, o_stride);
+      for (; e < o_stride; e += kLanes) value_block<R, 1>(tile, view, row, e, first, last, bytes, factors, o, o_stride);
+    });
+    row += rows;
+  }
+}
+
+inline void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
+  Range all = {kChunk, 0};
+  for (int r = 0; r < kLanes; ++r) {
+    out.m[r] = -kInfinity;
+    out.l[r] = 0.0f;
+  }
+  for (int r = 0; r < tile.rows; ++r) {
+    const Range seen = within(tile, r, view.first);
+    if (seen.lo >= seen.hi) continue;
+    if (seen.lo < all.lo) all.lo = seen.lo;
+    if (seen.hi > all.hi) all.hi = seen.hi;
+  }
+  if (all.lo >= all.hi) return;
+  const int first_vec = all.lo / kLanes, last_vec = (all.hi + kLanes - 1) / kLanes, P = 1 << view.log2_block;
+  alignas(64) float scores[kLanes][kChunk], value_scale[kChunk];
+  alignas(64) std::uint8_t bytes[kLanes][kChunk];
+  float factors[kLanes];
+  score_all(tile, view, first_vec, last_vec, scores);
+  for (int at = first_vec * kLanes; at < last_vec * kLanes; at += kLanes) {
+    const std::uint8_t* block = static_cast<const std::uint8_t*>(view.value[at >> view.log2_block]);
+    store(value_scale + at, load(reinterpret_cast<const float*>(block + int8_padded(tile.E) * P) + (at & (P - 1))));
+  }
+  for (int r = 0; r < tile.rows; ++r) {
+    const RowState row = softmax_row(tile, view.first, r, first_vec, last_vec, value_scale, scores[r], bytes[r]);
+    out.m[r] = row.m;
+    out.l[r] = row.l;
+    factors[r] = row.factor;
+  }
+  value_all(tile, view, first_vec * kLanes, last_vec * kLanes, bytes, factors, out.o);
+}
+
+}  // namespace octavo::OCTAVO_INT8_TARGET
