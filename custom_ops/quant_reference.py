@@ -50,7 +50,7 @@ def quant_linear(
     if gate:
         M = N // 2
         y = activate(GATES[gate], y[:, :M]) * y[:, M:]
-    y = y.reshape(*input.shape[:-1], -1)
+    y = y.reshape(*input.shape[:-1], y.shape[1])
     return QuantLinearResult(y if residual is None else y + residual, total)
 
 
@@ -74,7 +74,7 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 
 def quantize_rows(x: Array, group_size: int) -> tuple[Array, Array]:
     """Rows (R, K) as int8 q (R, groups, group_size) and float32 scales (R, groups)."""
-    groups = x.reshape(x.shape[0], -1, group_size)
+    groups = x.reshape(x.shape[0], x.shape[1] // group_size, group_size)
     most = np.abs(groups).max(axis=2)
     sound = np.isfinite(groups).all(axis=2)
     some = sound & (most >= _TINY)

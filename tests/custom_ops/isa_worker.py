@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import FLASH_CASES, PAGED_CASES
 from attention_run import run_flash, run_op, run_paged
 from octavo import custom_ops
+from quant_cases import QUANT_CASES, run_embedding, run_quant
 
 Array = np.ndarray
 
@@ -66,6 +67,11 @@ def main() -> None:
             bits[f"paged.{case.name}.{part}"] = getattr(got, part)
     for flash in FLASH_CASES:
         bits[f"flash.{flash.name}"] = run_flash(flash.build(), flash)
+    for quant in QUANT_CASES:
+        result = run_quant(quant, quant.build())
+        bits[f"quant.{quant.name}.output"], bits[f"quant.{quant.name}.sum"] = result.output, result.sum
+        if quant.gate == "none":
+            bits[f"embedding.{quant.name}"] = run_embedding(quant.weight(), np.arange(quant.M))
     bits["to_half"] = rounded_to_half(awkward_floats())
     bits["from_half"] = widened_from_half(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
     bits["isa"] = np.array(custom_ops.active_isa())
