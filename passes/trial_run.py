@@ -45,7 +45,7 @@ class Trial:
 
     def _refusals(self, model: ir.Model, interface: GraphInterface, probes: list[Probe]) -> tuple[Refusal, ...]:
         try:
-            session, weights = _open(model)
+            session, weights = open_graph(model)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             return (Refusal("the lowered graph does not load", "trial run", first_line(error)),)
         for probe in probes:
@@ -63,15 +63,20 @@ class Trial:
         return ()
 
     def _expected(self, port: GraphPort, probe: Probe) -> tuple[int, ...] | None:
-        """What the source's output of the same purpose has for a shape here; None where there is none, or it follows no formula."""
+        """What the source's output of the same purpose has for a shape here; None where there is none, or it follows no formula.
+
+        A source that takes no past gives keys and values of its own tokens alone: there the lowered graph's are held to what it says of them.
+        """
+        if port.role in ("present_key", "present_value") and probe.past and not self._cached and port.shape is not None:
+            return tuple(size if isinstance(size, int) else probe.letter(str(size)) for size in port.shape)
         same = [other for other in self._ports if other.name == port.name]
         same += [other for other in self._ports if other.role == port.role != "other" and other.layer == port.layer]
         dims = self._lengths[same[0].name] if same else None
         return None if dims is None else tuple(dim.at(probe) for dim in dims)
 
 
-def _open(model: ir.Model) -> tuple[ort.InferenceSession, dict[str, ort.OrtValue]]:
-    """The graph as it will be written, with the sizes that it says its values have; weights are random."""
+def open_graph(model: ir.Model, *, served: bool = False) -> tuple[ort.InferenceSession, dict[str, ort.OrtValue]]:
+    """The graph as it will be written, with the sizes that it says its values have; weights are random. `served`: as `open_session` has it."""
     tensors = constants_of(model.graph.initializers.values())
     weights = {name: tensor for name, tensor in tensors.items() if drawn(tensor)}
     inputs = [ir.serde.serialize_value(value) for value in model.graph.inputs] + [constant_info(name, tensor) for name, tensor in weights.items()]
@@ -80,4 +85,4 @@ def _open(model: ir.Model) -> tuple[ort.InferenceSession, dict[str, ort.OrtValue
     proto.graph.output.extend(ir.serde.serialize_value(value) for value in model.graph.outputs)
     said = (value for node in model.graph for value in node.outputs if value.type is not None and value not in model.graph.outputs)
     proto.graph.value_info.extend(ir.serde.serialize_value(value) for value in said)
-    return open_session(proto, custom_ops=DOMAIN in model.opset_imports), random_weights(weights)
+    return open_session(proto, custom_ops=DOMAIN in model.opset_imports, served=served), random_weights(weights)

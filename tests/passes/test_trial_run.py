@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 from drivers import MAX_CONTEXT, seen
 from octavo.models.interface import GraphInterface
+from octavo.models.onnx_reader import graph_interface
 from octavo.passes.attention.lower_contiguous import ContiguousPlan, LowerContiguous, plan_contiguous
 from octavo.passes.attention.lower_flash import FlashPlan, LowerFlash, plan_flash
 from octavo.passes.attention.match import sites_of
@@ -76,3 +77,23 @@ def test_an_output_of_another_length_is_found() -> None:
     graph.outputs[0] = sliced
     [refusal] = trial.run(model, interface, batched=False).refusals
     assert refusal.reason == "output logits is not as long as the source's" and "expected (1, 3," in refusal.nearest
+
+
+def test_keys_that_a_source_without_a_past_gives_are_those_of_its_step_alone() -> None:
+    """A prefill graph's present holds what the step brought; the lowered graph's goes on from a past, and is not compared with it."""
+    observation, found = seen(*build(Sketch(past=False)))
+    [site] = sites_of(found)
+    model, _ = build(Sketch(past=False))
+    for side, value in (("key", site.key), ("value", site.value)):
+        inner = next(v for node in model.graph for v in node.outputs if v.name == value.name)
+        present = ir.Value(name=f"present.0.{side}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", 2, "S", 8]))
+        model.graph.append(ir.Node("", "Identity", [inner], outputs=[present]))
+        model.graph.outputs.append(present)
+    interface = graph_interface(model)
+    assert interface.output("present_key", 0) is not None
+    observation, found = seen(model, interface)
+    plan = plan_contiguous(observation, sites_of(found), max_context=MAX_CONTEXT)
+    assert isinstance(plan, ContiguousPlan)
+    trial = Trial(observation)
+    LowerContiguous(plan)(model)
+    assert trial.run(model, plan.interface, batched=False).refusals == ()
