@@ -40,7 +40,10 @@ def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions
         kind=compiled.rewritten.kind, interface=compiled.rewritten.interface, spec=compiled.rewritten.spec, source=compiled.record(),
         options=options.to_json(), decisions=compiled.report.decisions, files={},
         cache_layout=CACHE_LAYOUT if compiled.rewritten.kind == "paged" else None, octavo_version=_version(),
-        thresholds=quality_thresholds(compiled.rewritten.spec, quantized=compiled.rewritten.quantized),
+        thresholds=quality_thresholds(
+            compiled.rewritten.spec, quantized=compiled.rewritten.quantized or options.quantizes, rounded=compiled.rewritten.rounded,
+        ),
+        weights="rounded" if compiled.rewritten.rounded else "exact",
     )
     emit(compiled.rewritten.model, manifest, compiled.report, out, source_folder=compiled.folder)
     return compiled.report
@@ -97,7 +100,7 @@ def _build(source: Source, options: CompileOptions) -> _Compiled:
     report = CompileReport(
         kind=rewritten.kind, source=path.name if path else str(first.graph.name or "model"), sites=ledger.sites, refusals=tuple(ledger.refusals),
         decisions=tuple(ledger.decisions), outcomes=tuple(ledger.outcomes), sizes=Sizes(nodes, nodes_after, size, size_after),
-        seconds=perf_counter() - start,
+        seconds=perf_counter() - start, attentions=ledger.attentions,
     )
     return _Compiled(rewritten, report, path)
 

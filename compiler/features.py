@@ -76,4 +76,6 @@ def _not_paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) ->
         ledger.decide("kv_precision", "fp32", f"what a {kind} model has")
     flash = sum(site.target == "FlashAttention" for site in ledger.sites)
     unused = "flash_attention=False was asked for" if not options.flash_attention else f"no site of a {kind} model uses it"
+    if any(decision.feature == "flash_attention" for decision in ledger.decisions):
+        return    # measured, and told by who measured
     ledger.decide("flash_attention", "on" if flash else "off", f"{flash} of {len(ledger.sites)} sites" if flash else unused)

@@ -10,14 +10,18 @@ import onnx_ir as ir
 from ..errors import RefusedError
 from ..models.decision import Decision
 from ..passes.outcome import Outcome, PassResult, Refusal
-from .report import SiteLine
+from .report import CAUGHT, SiteLine
 
 
 @dataclass
 class Ledger:
-    """Append-only. `strict` turns the first refusal or caught exception into a RefusedError."""
+    """Append-only. `strict` turns the first refusal or caught exception into a RefusedError.
+
+    `attentions` is how many the graph has, understood or not; `sites` are those that were understood.
+    """
 
     strict: bool
+    attentions: int = 0
     sites: tuple[SiteLine, ...] = ()
     outcomes: list[Outcome] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -49,7 +53,7 @@ class Ledger:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         if self.strict:
             raise RefusedError(f"{feature} failed at {where}: {reason}", hint="compile without --strict to go on without it") from error
-        self.decide(feature, "off", f"exception caught: {reason}", where)
+        self.decide(feature, "off", f"{CAUGHT}: {reason}", where)
 
 
 def _first_line(error: Exception) -> str:

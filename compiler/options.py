@@ -33,6 +33,8 @@ class CompileOptions:
     masking          "auto": whatever the graph's mask is proved to mean. "causal" and "none" (bidirectional) assert: another proved mask is an error.
     max_context      the longest sequence, tokens (≥ 1). None: the smallest bound in the graph, else `config.json` beside it.
     strict           every refusal becomes an error.
+    tune             measures each optional rewrite (FlashAttention, stock GroupQueryAttention) on this machine against the graph's own attention, and
+                     leaves out what is slower here. Paged attention is no option of speed: it is what serves many sequences.
     """
 
     weights: Precision | Mapping[str, Precision] = "fp32"
@@ -45,6 +47,7 @@ class CompileOptions:
     masking: Masking = "auto"
     max_context: int | None = None
     strict: bool = False
+    tune: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
@@ -57,7 +60,7 @@ class CompileOptions:
         for pattern, precision in self.patterns.items():
             if not isinstance(pattern, str) or precision not in get_args(Precision):
                 raise OptionError(f"weights={self.weights!r}: {precision!r} is not one of {_listed(Precision)}")
-        for name in ("paged", "flash_attention", "strict"):
+        for name in ("paged", "flash_attention", "strict", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False")
         if self.max_context is not None and (isinstance(self.max_context, bool) or not isinstance(self.max_context, int) or self.max_context < 1):

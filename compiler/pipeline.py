@@ -10,7 +10,7 @@ runs as `baseline`, the graph as it was read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -28,7 +28,7 @@ from ..passes.attention.lower_contiguous import LowerContiguous, plan_contiguous
 from ..passes.attention.lower_flash import LowerFlash, inexpressible, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
 from ..passes.attention.mask_candidates import meaning
-from ..passes.attention.match import match_anchors, refusals_of, sites_of
+from ..passes.attention.match import candidates, match_anchors, refusals_of, sites_of
 from ..passes.attention.site import AttentionSite
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
@@ -41,6 +41,7 @@ from ..passes.observe import Observation, ObservationError, observe
 from ..passes.outcome import Outcome, Refusal
 from ..passes.quantize.methods import quantizer
 from ..passes.quantize.stored import Stored, find_stored
+from ..passes.race import Finish, Race, Timer, fastest
 from ..passes.trial_run import Trial
 from ..passes.verify import Verify, contract_refusals
 from ..passes.widen import WidenHalf
@@ -68,6 +69,14 @@ class Understood:
     max_context: int
     quantized: bool
     stored: Mapping[str, Stored]
+
+
+class _Slower(Exception):
+    """A rewrite that is slower here than what it replaces."""
+
+    def __init__(self, feature: str, finish: Finish) -> None:
+        super().__init__(f"{(finish.ratio - 1):.0%} slower on this machine than the graph's own attention ({finish})")
+        self.feature = feature
 
 
 class _DoesNotRun(Exception):
@@ -110,12 +119,16 @@ def _rewrite(read: Callable[[], ir.Model], folder: Path | None, options: Compile
         except Exception as error:
             if isinstance(error, _DoesNotRun):
                 ledger.decide(name, "off", error.refusal.reason, error.refusal.where)
+            elif isinstance(error, _Slower):
+                ledger.decide(error.feature, "off", str(error))
             else:
                 ledger.caught(name, error, "lowering")
             # The target may have changed the graph before it failed.
             understood = _understand(read(), folder, options, Ledger(strict=False))
             assert understood is not None, "the same source was understood before"
-            continue
+            if not isinstance(error, _Slower) or error.feature != "flash_attention":
+                continue
+            rewritten = target(understood, replace(options, flash_attention=False, tune=False), ledger)
         if rewritten is not None:
             return rewritten
     return None
@@ -137,6 +150,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     quantized = ledger.run(FoldDequantize(), model).matched > 0
     expansion = ExpandAttentionOps()
     ledger.run(expansion, model)
+    ledger.attentions = candidates(model)
     start, nodes = perf_counter(), len(model.graph)
     try:
         observation = observe(model, graph_interface(model))
@@ -156,6 +170,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     anchors = match_anchors(model, observation, max_context=max_context)
     found = [item for _, item in anchors]
     sites, refusals = sites_of(found), refusals_of(found)
+    ledger.attentions, ledger.sites = len(found), tuple(_line(site, "") for site in sites)
     read = _at_their_word(observation, anchors) if options.flash_attention else {}
     direct = tuple(site for site in read.values() if isinstance(site, DirectSite))
     taken = {site.name for site in direct}
@@ -244,10 +259,11 @@ def _contiguous(understood: Understood, options: CompileOptions, ledger: Ledger)
         ledger.refuse([plan])
         ledger.decide("contiguous", "off", plan.reason, plan.where)
         return None
-    trial = Trial(understood.observation)
+    trial, race = Trial(understood.observation), _race(understood, options)
     for stage in (LowerContiguous(plan), Cleanup()):
         ledger.run(stage, understood.model)
     _try(trial, understood.model, plan.interface, ledger, batched=False)
+    _finish(race, "contiguous", understood.model, plan.interface, ledger)
     targets = {layer.site.name: "GroupQueryAttention" for layer in plan.layers}
     ledger.sites = tuple(_line(site.with_rotary_in_graph(), targets.get(site.name, "")) for site in understood.sites)
     return Rewritten(understood.model, "contiguous", plan.interface, plan.spec, understood.quantized)
@@ -262,6 +278,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
     taken = {site.name for site in direct}
     sites = tuple(site for site in understood.sites if site.name not in taken)
     interface, target, trial = observation.interface, "", Trial(observation)
+    race = _race(understood, options) if options.flash_attention else None
     if options.flash_attention:
         plan = plan_flash(observation, sites, refused=len(understood.refusals), direct=direct)
         if isinstance(plan, Refusal):
@@ -275,6 +292,7 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
         interface = emptied.interface
     ledger.run(Cleanup(), model)
     _try(trial, model, interface, ledger, batched=observation.batched)
+    _finish(race, "flash_attention", model, interface, ledger)
     lines = (*(_line(site.with_rotary_in_graph(), target) for site in sites), *map(_direct_line, direct))
     ledger.sites = tuple(sorted(lines, key=lambda line: _place(line.name)))
     return Rewritten(model, "stateless", interface, None, understood.quantized)
@@ -284,6 +302,24 @@ def _try(trial: Trial, model: ir.Model, interface: GraphInterface, ledger: Ledge
     refusals = ledger.enter(trial.run(model, interface, batched=batched)).refusals
     if refusals:
         raise _DoesNotRun(refusals[0])
+
+
+# What measures under tune=True; a name of its own so that another clock can stand in.
+timer: Timer = fastest
+
+
+def _race(understood: Understood, options: CompileOptions) -> Race | None:
+    return Race(understood.observation, max_context=understood.max_context, timer=timer) if options.tune else None
+
+
+def _finish(race: Race | None, feature: str, model: ir.Model, interface: GraphInterface, ledger: Ledger) -> None:
+    """Raises _Slower where the rewritten graph lost."""
+    if race is None:
+        return
+    finish = race.against(model, interface)
+    if finish.ratio > 1:
+        raise _Slower(feature, finish)
+    ledger.decide("tune", f"{feature} kept", f"{1 / finish.ratio:.2f} times as fast on this machine as the graph's own attention ({finish})")
 
 
 def _baseline(model: ir.Model) -> Rewritten:

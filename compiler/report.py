@@ -12,6 +12,8 @@ from ..models.spec import Kind
 from ..passes.outcome import Outcome, Refusal
 
 REPORT_VERSION = 1
+# How the reason of a decision begins that an exception made.
+CAUGHT = "exception caught"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """The account of one compile."""
+    """The account of one compile. `attentions` counts what computes an attention, or looks as if it did, in the source."""
 
     kind: Kind
     source: str
@@ -50,6 +52,7 @@ class CompileReport:
     outcomes: tuple[Outcome, ...]
     sizes: Sizes
     seconds: float
+    attentions: int = 0
     version: int = REPORT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -70,9 +73,14 @@ class CompileReport:
     @property
     def headline(self) -> str:
         """One sentence: kind, sites rewritten, refusals."""
-        rewritten = sum(1 for site in self.sites if site.target)
-        total = len(self.sites) + sum(1 for refusal in self.refusals if refusal.where.startswith("attention"))
-        return f"{self.source}: {self.kind}, {rewritten} of {total} attention sites rewritten, {len(self.refusals)} refusals"
+        caught = sum(decision.reason.startswith(CAUGHT) for decision in self.decisions)
+        faults = f", {caught} EXCEPTION{'S' if caught > 1 else ''} CAUGHT (a fault of ours: please report it)" if caught else ""
+        return f"{self.source}: {self.kind}, {self.rewritten} of {self.attentions} attention sites rewritten, {len(self.refusals)} refusals{faults}"
+
+    @property
+    def rewritten(self) -> int:
+        """Attentions that became another op."""
+        return sum(1 for site in self.sites if site.target)
 
     def to_text(self) -> str:
         lines = [self.headline, ""]

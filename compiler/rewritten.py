@@ -12,10 +12,12 @@ from ..models.spec import Kind, ModelSpec
 
 @dataclass(frozen=True)
 class Rewritten:
-    """`spec` is None where the kind has no cache of ours; `quantized` tells whether the source stores weights quantized."""
+    """`spec` is None where the kind has no cache of ours; `quantized` tells whether the source stores weights quantized, `rounded` whether
+    some are stored rounded here, and are no longer what the source means."""
 
     model: ir.Model
     kind: Kind
     interface: GraphInterface
     spec: ModelSpec | None
     quantized: bool
+    rounded: bool = False

@@ -15,7 +15,7 @@ import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from ..custom_ops.contract import CACHE_LAYOUT
 from ..errors import ArtifactError, ModelError
@@ -59,7 +59,10 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that the runtime knows about an artifact. `spec` is None where the graph is no decoder."""
+    """All that the runtime knows about an artifact. `spec` is None where the graph is no decoder.
+
+    `weights` tells whether every parameter is what the source means ("exact", quantized or not) or some were rounded by the compiler.
+    """
 
     kind: Kind
     interface: GraphInterface
@@ -71,6 +74,7 @@ class Manifest:
     cache_layout: str | None
     octavo_version: str
     thresholds: dict[str, float] = field(default_factory=dict)
+    weights: Literal["exact", "rounded"] = "exact"
     format_version: int = FORMAT_VERSION
 
 

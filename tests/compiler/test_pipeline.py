@@ -34,6 +34,8 @@ def _relative_error(artifact: Path, source: Path) -> float:
         return float(max(np.abs(rows - expected).max() for rows in (model.predict(IDS), chunks)) / np.abs(expected).max())
 
 
+# The limits of rounded weights only tell a model from noise: random weights amplify rounding. That QuantLinear computes what its weights mean
+# is held bit for bit in tests/custom_ops and tests/passes/linears.
 OPTIONS: dict[str, tuple[dict[str, Any], str, str | None, dict[str, str], float]] = {
     # options, kind, attention op, decisions, relative error: rounding of fp32, or of keys and values to fp16
     "default": ({}, "paged", "PagedAttention", {"paged": "on", "kv_cache": "paged", "kv_precision": "fp16", "flash_attention": "off"}, 5e-3),
@@ -43,6 +45,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str | None, dict[str, str], float]
     "no cache, no flash": ({"kv_cache": False, "flash_attention": False}, "stateless", "Attention", {"flash_attention": "off"}, 1e-5),
     "paged False": ({"paged": False}, "contiguous", "GroupQueryAttention", {"paged": "off", "kv_cache": "contiguous", "kv_precision": "fp32"}, 1e-5),
     "flash False": ({"flash_attention": False, "kv_cache": "fp32"}, "paged", "PagedAttention", {"paged": "on"}, 1e-5),
+    "weights int8": ({"weights": "int8", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "int8"}, 0.07),
+    "weights int8, fp32 activations": (
+        {"weights": "int8", "activations": "fp32", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "fp32"}, 0.05,
+    ),
+    "weights int4": ({"weights": "int4", "kv_cache": "fp32", "quantizer": "rtn"}, "paged", "PagedAttention", {"weights": "int4"}, 0.8),
+    "weights by layer": (
+        {"weights": {"head": "int8", "layers.0.*": "fp32", "*": "int4"}, "kv_cache": "fp32"}, "paged", "PagedAttention", {"activations": "int8"}, 0.8,
+    ),
     "masking causal": ({"masking": "causal", "kv_cache": "fp32"}, "paged", "PagedAttention", {"masking": "causal with key padding"}, 1e-5),
 }
 
@@ -66,7 +76,8 @@ def test_a_mask_that_is_not_what_was_asserted_is_an_error(tiny_onnx: Path, tmp_p
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache": "int7"}, {"kv_cache": True}, {"masking": "full"}, {"max_context": 0}, {"max_context": True}, {"paged": 1}, {"strict": None}],
+    [{"kv_cache": "int7"}, {"kv_cache": True}, {"masking": "full"}, {"weights": "int3"}, {"weights": {"*": "int3"}}, {"group_size": 48},
+     {"quantizer": "best"}, {"activations": "int4"}, {"max_context": 0}, {"max_context": True}, {"paged": 1}, {"strict": None}],
 )
 def test_options_are_validated(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
@@ -76,6 +87,19 @@ def test_options_are_validated(options: dict[str, Any]) -> None:
 def test_options_of_another_type_are_refused(tiny_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="CompileOptions"):
         octavo.compile(tiny_onnx / "model.onnx", tmp_path / "out", options={"paged": False})  # type: ignore[arg-type]
+
+
+def test_quantized_weights_are_in_one_node_a_group_and_other_patterns_are_named(tiny_onnx: Path, tmp_path: Path) -> None:
+    report, ops, _ = _compile(tiny_onnx / "model.onnx", tmp_path / "out", weights="int8")
+    # A layer is four nodes: q, k, v together, o, gate and up together, down. The head is one.
+    assert ops["QuantLinear"] == 2 * 4 + 1 and ops["MatMul"] == ops["Gemm"] == 0
+    assert report.sizes.bytes_after < 0.4 * report.sizes.bytes_before
+    octavo_check = octavo.check(tmp_path / "out", tiny_onnx / "model.onnx")
+    assert octavo_check.ok, octavo_check.to_text()
+    with pytest.raises(OptionError, match=r"no linear is called 'layers\.9\.\*'"):
+        _compile(tiny_onnx / "model.onnx", tmp_path / "other", weights={"layers.9.*": "int4"})
+    with pytest.raises(RefusedError, match="contiguous"):
+        _compile(tiny_onnx / "model.onnx", tmp_path / "other", weights="int8", paged=False)
 
 
 def test_the_mask_is_gone_and_logits_are_of_the_rows_asked_for(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -158,6 +182,7 @@ def test_a_model_that_cannot_be_rewritten_is_a_baseline_with_the_exception(
     report, ops, _ = _compile(tiny_onnx / "model.onnx", tmp_path / "out")
     assert report.kind == "baseline" and ops["Attention"] == 2
     assert any("MemoryError: injected" in d.reason for d in report.decisions)
+    assert "EXCEPTION CAUGHT" in report.headline
     assert _relative_error(tmp_path / "out", tiny_onnx) == 0 or _relative_error(tmp_path / "out", tiny_onnx) < 1e-5
     with pytest.raises(RefusedError, match="fp16"):
         _compile(tiny_onnx / "model.onnx", tmp_path / "fp16", kv_cache="fp16")
