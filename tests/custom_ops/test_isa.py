@@ -72,6 +72,16 @@ for step in (lambda: ops.register(onnxruntime.SessionOptions()), ops.active_isa)
 """
 
 
+def test_avx512_is_the_best_of_its_family() -> None:
+    family = [isa for isa in custom_ops.available_isas() if isa.startswith("avx512")]
+    if not family:
+        pytest.skip("this machine has no AVX-512")
+    code = "import octavo.custom_ops as ops; print(ops.active_isa())"
+    environment = {**os.environ, "OCTAVO_ISA": "avx512"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == family[0]
+
+
 def test_an_unknown_isa_fails_by_name() -> None:
     environment = {**os.environ, "OCTAVO_ISA": "avx1024"}
     done = subprocess.run([sys.executable, "-c", _REGISTER], env=environment, capture_output=True, text=True, timeout=60, check=True)
