@@ -131,7 +131,7 @@ def plan_token_flat(
     folded = [site for site, table in zip(sites, tables) if table is not None]
     body = decoder_body(observation, sites, folded=folded, max_context=max_context)
     if isinstance(body, Refusal):
-        return body
+        return _by_rotary(body, notes)
     rows = find_rows(observation, body.logits, {site.output for site in sites})
     if isinstance(rows, Refusal):
         return rows
@@ -141,6 +141,13 @@ def plan_token_flat(
     inputs = TokenFlatInputs.of(sites, caches or ["fp32"] * len(sites))
     spec = ModelSpec(body.vocab_size, max_context, inputs.layers, inputs.groups)
     return TokenFlatPlan(sites, tables, inputs, body, rows, spec, notes)
+
+
+def _by_rotary(refusal: Refusal, notes: tuple[str, ...]) -> Refusal:
+    """Where a rotary embedding had to stay in the graph and the body does not follow from positions, the rotary is what stands in the way."""
+    if not notes or "position" not in refusal.reason:
+        return refusal
+    return Refusal("rotary angles that follow from more than the position (dynamic NTK, longrope)", refusal.where, f"{refusal.reason}; {notes[0]}")
 
 
 def _tables(observation: Observation, sites: Sequence[AttentionSite], max_context: int) -> tuple[tuple[Tables | None, ...], tuple[str, ...]]:

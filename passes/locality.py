@@ -22,7 +22,7 @@ from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
 from .positions import situations, thresholds_in
 from .token_axis import Dims, Sideways, TokenAxis, View, for_one_sequence, token_dimension
-from .token_rules import RULES
+from .token_rules import DISPATCHING, RULES
 
 Layout = Literal["BHSD", "BSH"]
 
@@ -107,6 +107,8 @@ class _Trace:
         if lost:
             return
         try:
+            if node.domain in ("", "ai.onnx") and node.op_type in DISPATCHING:
+                raise Sideways("rows are picked or written by what the tokens are, across tokens", str(node.name))
             rule = RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
             if rule is None:
                 raise Sideways(f"{node.op_type} has no rule that says it works on each token alone", self._inputs(node))

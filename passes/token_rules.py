@@ -223,6 +223,20 @@ def _gather(view: View) -> TokenAxis:
     return axis if axis.axis < worked else axis.moved(axis.axis + view.rank(1) - 1)
 
 
+def _gather_nd(view: View) -> TokenAxis:
+    """Entries of a table, by ids: the last dimension of the indices says which."""
+    data, indices = view.axes[0], view.axes[1]
+    if data is not None or indices is None or view.node.attributes.get_int("batch_dims", 0):
+        raise Sideways("it picks among tokens", f"data {data}, indices {indices}")
+    if indices.axis == view.rank(1) - 1:
+        raise Sideways("the places of tokens are its indices", f"{indices}")
+    return indices
+
+
+def _one_scale(view: View) -> TokenAxis:
+    raise Sideways("one scale over all tokens (per-tensor dynamic quantization)", "quantize weights alone, or let octavo do it")
+
+
 def _slice(view: View) -> TokenAxis:
     axis, rank, shape, result = view.only(0), view.rank(0), view.shapes[0], view.results[0]
     assert shape is not None
@@ -290,6 +304,9 @@ ELEMENTWISE = """
 """.split()  # noqa: SIM905
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 
+# How many rows go where follows from all tokens: experts that each take some of them are written so.
+DISPATCHING = frozenset({"NonZero", "ScatterND", "Compress", "Unique"})
+
 RULES: dict[tuple[str, str], Rule] = {
     **{("", op): _elementwise for op in ELEMENTWISE},
     **{("", f"Reduce{name}"): _reduce for name in _REDUCTIONS},
@@ -311,6 +328,8 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "Gemm"): _gemm,
     ("", "Einsum"): _einsum,
     ("", "Gather"): _gather,
+    ("", "GatherND"): _gather_nd,
+    ("", "DynamicQuantizeLinear"): _one_scale,
     ("", "Slice"): _slice,
     ("", "Pad"): _pad,
     ("", "OneHot"): _one_hot,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from ..extract import cone
 from ..observe import Probe
 from ..outcome import Refusal
 from .chain import PROBABILITIES, SCORES, Chain, attribute
@@ -30,6 +31,8 @@ def read_softmax(lab: Laboratory, node: ir.Node, names: Iterator[str]) -> Core |
         return None  # a router, a classifier's head: no product of data on either side
     where = next(names)
     axis = attribute(node, "axis", -1 if lab.observation.model.opset_imports.get("", 1) >= 13 else 1)
+    if shape is None and (culprit := _sized_by_content(lab, scores_in)) is not None:
+        return Refusal(f"its sizes follow from what the tokens are ({culprit.op_type})", where, f"softmax: node {node.name}, from {culprit.name}")
     if shape is None or axis not in (-1, len(shape) - 1):
         return Refusal("the softmax is not over the last axis of known sizes", where, f"softmax: node {node.name}, axis {axis}, shape {shape}")
     if product is None:
@@ -38,6 +41,11 @@ def read_softmax(lab: Laboratory, node: ir.Node, names: Iterator[str]) -> Core |
         reason, nearest = _nearest_scores(lab, scores_in)
         return Refusal(reason, where, nearest)
     return _read_products(lab, node, scores, product, after, sink, where)
+
+
+def _sized_by_content(lab: Laboratory, value: ir.Value) -> ir.Node | None:
+    """The first operator before `value` that makes results of a length that no formula tells, where the data do."""
+    return next((n for n in cone([value]).nodes if lab.graph.is_data(n.outputs[0]) and lab.observation.dims(n.outputs[0]) is None), None)
 
 
 def _product_behind(lab: Laboratory, result: ir.Value) -> tuple[ir.Node | None, Chain | None]:

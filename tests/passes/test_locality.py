@@ -27,7 +27,7 @@ SIZES = {"W": (8, 8), "up": (8, 24), "down": (24, 8), "bias": (8,), "gain": (8,)
 INTS = {
     "zero": [0], "one": [1], "two": [2], "three": [3], "four": [4], "eight": [8], "nine": [9], "sixteen": [16], "forty": [40], "last": [-1],
     "ones": [1, 1, 1], "heads": [0, 0, 2, 4], "rows": [-1, 8], "unrows": [1, -1, 8], "back": [0, 0, 8], "mixed": [0, -1, 4],
-    "thrice": [1, 1, 3], "by_four": [4, 4], "no_pads": [0, 0, 1, 0, 0, 1], "late_pads": [0, 1, 0, 0, -1, 0],
+    "thrice": [1, 1, 3], "tiles": [3, 1], "tiled": [3, -1, 8], "by_four": [4, 4], "no_pads": [0, 0, 1, 0, 0, 1], "late_pads": [0, 1, 0, 0, -1, 0],
     "far": [-9223372036854775808], "big": [9223372036854775807],
 }
 
@@ -107,6 +107,10 @@ LOCAL = {
     "expand": "a = Unsqueeze(h, two) b = Shape<start = 0, end = 2>(h) c = Concat<axis = 0>(b, three, eight) e = Expand(a, c) "
               "z = ReduceSum<keepdims = 0>(e, two)",
     "tile": "a = Tile(h, thrice) z = MatMul(a, down)",
+    "tile of all tokens, for each expert": "f = Reshape(h, rows) a = Tile(f, tiles) b = Reshape(a, tiled) e = ReduceSum<keepdims = 0>(b, zero) "
+                                           "z = Reshape(e, unrows)",
+    "entries of a table by id": "i = ArgMax<axis = 2, keepdims = 1>(h) z = GatherND(table, i)",
+    "fused product": "a = com.microsoft.FusedMatMul<alpha = 0.5>(h, up) z = com.microsoft.FusedMatMul<transB = 1>(a, up)",
     "top k and its rows": "v, i = TopK(h, four) a = GatherElements<axis = 2>(h, i) n = Neg(a) z = ScatterElements<axis = 2>(h, i, n)",
     "arg max": "i = ArgMax<axis = 2, keepdims = 0>(h) z = Gather(table, i)",
     "one hot": "i = ArgMax<axis = 2, keepdims = 0>(h) on_off = Slice(gain, zero, two) o = OneHot(i, eight, on_off) z = Mul(h, o)",
@@ -129,8 +133,11 @@ SIDEWAYS = {
     "norm over tokens and features": (
         "t = Transpose<perm = [0, 2, 1]>(h) a = LpNormalization<axis = 2, p = 2>(t) z = Transpose<perm = [0, 2, 1]>(a)",
         "along the tokens"),
-    "one scale for all tokens": ("a, s, p = DynamicQuantizeLinear(h) z = DequantizeLinear(a, s, p)", "DynamicQuantizeLinear has no rule"),
+    "one scale for all tokens": ("a, s, p = DynamicQuantizeLinear(h) z = DequantizeLinear(a, s, p)", "one scale over all tokens"),
     "gather among tokens": ("a = Gather<axis = 1>(h, zero) z = Add(h, a)", "picks among tokens"),
+    "gather of a sequence's tokens": ("f = Reshape(h, rows) a = GatherND(f, zero) z = Add(h, a)", "picks among tokens"),
+    "rows written by index": ("i = Shape<start = 1, end = 2>(h) j = Sub(i, one) f = Reshape(h, rows) u = ReduceMax<keepdims = 0>(f, last) "
+                              "v = Gather(table, zero) s = ScatterND(f, j, gain) z = Reshape(s, unrows)", "across tokens"),
     "first token": ("a = Slice(h, zero, one, one) z = Add(h, a)", "picks among tokens"),
     "tokens reversed": ("z = Slice(h, last, far, one, last)", "picks among tokens"),
     "tokens rolled": ("a = Slice(h, last, big, one) b = Slice(h, zero, last, one) z = Concat<axis = 1>(a, b)", "picks among tokens"),

@@ -220,3 +220,53 @@ def test_casts_are_folded_where_they_lose_nothing(source: type, target: int, fol
     assert FoldDequantize()(model).modified == folded
     if folded:
         np.testing.assert_array_equal(model.graph.initializers["c"].const_value.numpy(), weight.astype(np.float32))
+
+
+FUSED = """
+<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+g (float[2,3,4] a, float[2,5,4] b, float[2,3,5] c) => (float[2,3,5] y, float[2,4,5] z)
+{
+    y = com.microsoft.FusedMatMul<transB = 1, alpha = 0.25>(a, b)
+    z = com.microsoft.FusedMatMul<transA = 1>(a, c)
+}
+"""
+
+
+def test_fused_products_are_written_out() -> None:
+    model = ir.from_onnx_text(FUSED)
+    draw = np.random.default_rng(0)
+    feeds = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in {"a": (2, 3, 4), "b": (2, 5, 4), "c": (2, 3, 5)}.items()}
+    before = run(model, **feeds)
+    Normalize()(model)
+    assert sorted(ops(model)) == ["MatMul", "MatMul", "Mul", "Transpose", "Transpose"]
+    for got, want in zip(run(model, **feeds), before):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+UNTYPED = """
+<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+g (float[2,3,4] a, float[4] w, int64[1] k) => (float[2,3,4] y, bool[2,3,4] big, float[2,3,2] top, float[2,3,2] picked)
+{
+    n = com.microsoft.SkipSimplifiedLayerNormalization(a, a, w)
+    l = SimplifiedLayerNormalization(n, w)
+    s = Sigmoid(l)
+    m = Mul(s, n)
+    c = Cast<to = 7>(m)
+    big = Greater(m, a)
+    d = Cast<to = 1>(c)
+    y = Add(d, m)
+    top, i = TopK(m, k)
+    picked = GatherElements<axis = 2>(m, i)
+}
+"""
+
+
+def test_types_are_known_behind_other_domains() -> None:
+    model = ir.from_onnx_text(UNTYPED)
+    for node in model.graph:
+        for value in node.outputs:
+            value.type = value.type if value.is_graph_output() else None
+    Normalize()(model)
+    types = {value.name: value.dtype for node in model.graph for value in node.outputs}
+    assert {types[name] for name in "nlsmdy"} == {ir.DataType.FLOAT}
+    assert (types["c"], types["big"], types["i"]) == (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.INT64)
