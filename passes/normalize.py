@@ -7,6 +7,7 @@ from functools import partial
 from time import perf_counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -84,31 +85,41 @@ def _defaults(model: ir.Model) -> str:
     return f"inputs with a default are constants now: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else ""
 
 
-_OWN_TYPES = {
-    **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64),
-    **dict.fromkeys(("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"), ir.DataType.BOOL),
-}
-# Which input has the type of the outputs, where it isn't the first.
-_TYPED_BY = {"Where": 1, "MatMulIntegerToFloat": 2, "DequantizeLinear": 1}
+# Which input has the type of a fused operator's outputs, where it isn't the first.
+_TYPED_BY = {"MatMulIntegerToFloat": 2}
 
 
 def _infer_more_types(model: ir.Model) -> bool:
     """Types behind operators that ONNX's inference doesn't know (other domains): it stops there, and everything that follows has none."""
     changed = False
     for node in model.graph:
-        missing = [value for value in node.outputs if value.type is None]
-        place = _TYPED_BY.get(node.op_type, 0)
-        if not missing or place >= len(node.inputs):
+        if all(value.type is not None for value in node.outputs):
             continue
-        operand = node.inputs[place]
-        dtype = _OWN_TYPES.get(node.op_type, operand.dtype if operand is not None else None)
-        if is_standard(node, "Cast"):
-            dtype = ir.DataType(node.attributes.get_int("to"))
-        if dtype is None or (operand is not None and operand.type is not None and not isinstance(operand.type, ir.TensorType)):
-            continue
-        for value in missing:
-            value.type, changed = ir.TensorType(dtype), True
+        # onnxruntime puts some of its own operators into ONNX's domain.
+        known_to_onnx = node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type)
+        types = _standard_types(node, model) if known_to_onnx else _fused_types(node)
+        for value, known in zip(node.outputs, types):
+            if value.type is None and known is not None:
+                value.type, changed = known, True
     return changed
+
+
+def _standard_types(node: ir.Node, model: ir.Model) -> list[ir.TypeProtocol | None]:
+    """What the operator's own rule says of its outputs; nothing where it doesn't know enough of the inputs."""
+    operands = {str(value.name): value for value in node.inputs if value is not None}
+    known = {name: ir.serde.serialize_type(value.type) for name, value in operands.items() if value.type is not None}
+    try:
+        schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get("", 1), "")
+        found = onnx.shape_inference.infer_node_outputs(schema, ir.serde.serialize_node(node), known)
+    except Exception:  # inputs without types: the caller can do without
+        return []
+    return [ir.serde.deserialize_type_proto_for_type(found[str(value.name)]) if value.name in found else None for value in node.outputs]
+
+
+def _fused_types(node: ir.Node) -> list[ir.TypeProtocol | None]:
+    place = _TYPED_BY.get(node.op_type, 0)
+    operand = node.inputs[place] if place < len(node.inputs) else None
+    return [operand.type if operand is not None and isinstance(operand.type, ir.TensorType) else None] * len(node.outputs)
 
 
 def _plain_casts(model: ir.Model) -> bool:
