@@ -24,6 +24,7 @@ from . import __version__
 from .errors import ModelError, OctavoError, OptionError, StepError
 
 if TYPE_CHECKING:
+    from .compiler import CompileReport
     from .runtime import Completion, Model, Piece, RuntimeOptions
 
 FINE, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 130
@@ -91,6 +92,7 @@ def compile_(
     max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,
     paged: Annotated[bool, typer.Option("--paged/--no-paged", help="Page the cache, or keep the exporter's past and present.")] = True,
     flash_attention: Annotated[bool, typer.Option("--flash-attention/--no-flash-attention", help="Of graphs without a cache.")] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure optional rewrites here and leave out what is slower.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error (exit code 2).")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
     as_json: Json = False,
@@ -102,10 +104,11 @@ def compile_(
     from . import CompileOptions, compile
 
     chosen: dict[str, Any] = {"kv_cache": False if kv_cache == "none" else kv_cache, "masking": masking, "max_context": max_context}
-    options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict)
+    options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with _working(f"compiling {source}"):
         report = compile(source, out, options=options)
     _print(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
+    _warn_of_nothing(report)
 
 
 @app.command(epilog="Example: octavo check art/ --against plain/model.onnx")
@@ -137,15 +140,22 @@ def check(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An artifact, or an .onnx file (then: what a compile would do).")],
     *,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 2 where an attention is left as it is.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a compile did, or would do. Writes nothing."""
+    """Show what a compile did, or would do. Writes nothing.
+
+    Tells for each layer the attention as it was understood, or the rule that came nearest and where it stopped.
+    """
     from . import inspect as run_inspect
 
     with _working(f"reading {path}"):
         report = run_inspect(path)
     _print(as_json, report.to_json(), report.to_markdown() if markdown else report.to_text())
+    _warn_of_nothing(report)
+    if strict and report.rewritten < report.attentions:
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command(epilog='Example: octavo generate art/ --prompt "The capital of France is" --max-tokens 16 --temperature 0')
@@ -305,6 +315,15 @@ def _fail(error: BaseException, code: int, message: str, hint: str, as_json: boo
 
 def _print(as_json: bool, data: Any, text: str) -> None:
     print(json.dumps(data, indent=1, ensure_ascii=False) if as_json else text, flush=True)
+
+
+def _warn_of_nothing(report: CompileReport) -> None:
+    """A graph whose attention all stays as it is was compiled for nothing: that is said in red, beside whatever was printed."""
+    if report.attentions and not report.rewritten:
+        from rich.console import Console
+
+        line = f"0 of {report.attentions} attention sites were rewritten: the graph runs as it was exported"
+        Console(stderr=True).print(line, style="bold red", markup=False, highlight=False)
 
 
 def _say(message: str) -> None:

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from time import perf_counter
 
-from ..custom_ops.contract import CACHE_LAYOUT
+from ..custom_ops.contract import CACHE_LAYOUT, WEIGHT_LAYOUT
 from ..errors import ArtifactError, ModelError, OptionError
 from ..models.artifact import REPORT, Artifact, Manifest, SourceRecord
 from ..models.external_data import source_sha256
@@ -43,6 +43,7 @@ def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions
         thresholds=quality_thresholds(
             compiled.rewritten.spec, quantized=compiled.rewritten.quantized or options.quantizes, rounded=compiled.rewritten.rounded,
         ),
+        weight_layout=WEIGHT_LAYOUT if any(node.op_type == "QuantLinear" for node in compiled.rewritten.model.graph) else None,
         weights="rounded" if compiled.rewritten.rounded else "exact",
     )
     emit(compiled.rewritten.model, manifest, compiled.report, out, source_folder=compiled.folder)

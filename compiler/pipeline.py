@@ -38,7 +38,9 @@ from ..passes.linears.weights import WeightPlan
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
 from ..passes.observe import Observation, ObservationError, observe
+from ..passes.obstacles import obstacle
 from ..passes.outcome import Outcome, Refusal
+from ..passes.ports import RestorePorts, half_ports, restored
 from ..passes.quantize.methods import quantizer
 from ..passes.quantize.stored import Stored, find_stored
 from ..passes.race import Finish, Race, Timer, fastest
@@ -57,6 +59,7 @@ from .rewritten import Rewritten
 class Understood:
     """A normalized graph, what its values are, and its attentions. No target has changed it yet.
 
+    `half` are the source's inputs and outputs in half precision, which are float32 now.
     `direct` are attentions taken at their word: in a graph without a cache those that were refused as sites, or that FlashAttention can't be
     by what was proved of them; in one that has inputs of another model's (an encoder's states) beside its cache, all.
     """
@@ -69,6 +72,7 @@ class Understood:
     max_context: int
     quantized: bool
     stored: Mapping[str, Stored]
+    half: Mapping[str, ir.DataType]
 
 
 class _Slower(Exception):
@@ -145,6 +149,7 @@ def _targets(options: CompileOptions) -> list[tuple[str, Target]]:
 def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, ledger: Ledger) -> Understood | None:
     """None where the graph can't be run at the probes, or holds no attention that was understood."""
     ledger.run(Normalize(), model)
+    half = half_ports(model)
     ledger.run(WidenHalf(), model)
     stored = find_stored(model) if options.quantizes else {}
     quantized = ledger.run(FoldDequantize(), model).matched > 0
@@ -152,6 +157,10 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     ledger.run(expansion, model)
     ledger.attentions = candidates(model)
     start, nodes = perf_counter(), len(model.graph)
+    blocked = obstacle(model, graph_interface(model))
+    if blocked is not None:
+        ledger.refuse([blocked])
+        return None
     try:
         observation = observe(model, graph_interface(model))
     except ObservationError as error:
@@ -182,7 +191,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     if not sites and not direct:
         ledger.refuse([Refusal("no attention was understood", "graph", f"{len(refusals)} candidates were refused")])
         return None
-    return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored)
+    return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored, half)
 
 
 def _at_their_word(observation: Observation, anchors: Anchors) -> dict[str, DirectSite | Refusal]:
@@ -293,6 +302,10 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
     ledger.run(Cleanup(), model)
     _try(trial, model, interface, ledger, batched=observation.batched)
     _finish(race, "flash_attention", model, interface, ledger)
+    if understood.half and not (interface.input("input_ids") and interface.output("logits")):
+        ledger.run(RestorePorts(understood.half), model)
+        ledger.run(Cleanup(), model)
+        interface = restored(interface, understood.half)
     lines = (*(_line(site.with_rotary_in_graph(), target) for site in sites), *map(_direct_line, direct))
     ledger.sites = tuple(sorted(lines, key=lambda line: _place(line.name)))
     return Rewritten(model, "stateless", interface, None, understood.quantized)

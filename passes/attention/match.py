@@ -146,6 +146,22 @@ def _rotary(query: Rotation | None, key: Rotation | None) -> Rotary | None:
     return Rotary(query, key, query.width, query.interleaved)
 
 
+def candidates(model: ir.Model) -> int:
+    """How many attentions a graph seems to have, where it can't be run to find out: their ops, and softmaxes that go into a product."""
+    return sum(node.op_type in _FOREIGN or (node.op_type == "Softmax" and _meets_values(node)) for node in model.graph)
+
+
+def _meets_values(node: ir.Node) -> bool:
+    """Whether a product reads the softmax's result, at most a few nodes on."""
+    frontier = [node.outputs[0]]
+    for _ in range(4):
+        users = [use.node for value in frontier for use in value.uses()]
+        if any(user.op_type == "MatMul" for user in users):
+            return True
+        frontier = [user.outputs[0] for user in users]
+    return False
+
+
 def sites_of(found: Sequence[AttentionSite | Refusal]) -> tuple[AttentionSite, ...]:
     """The sites among what was found."""
     return tuple(site for site in found if isinstance(site, AttentionSite))

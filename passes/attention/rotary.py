@@ -168,10 +168,24 @@ def _rows(observation: Observation, node: ir.Node, table: ir.Value | None, index
     """The rows of a constant table that is read by something structural."""
     if table is None or index is None or observation.kind(table) != "constant" or observation.kind(index) != "structural":
         return None
+    if not _counts(observation, index):
+        return None
     dims = observation.dims(table)
     if dims is None or len(dims) != 2 or dims[0].letters or node.attributes.get_int("axis", 0) != 0:
         return None
     return dims[0].factor, str(table.name)
+
+
+def _counts(observation: Observation, index: ir.Value) -> bool:
+    """Whether an index grows by one with each token more: of types, or of distances in buckets, a table has no row for each."""
+    dims = observation.dims(index)
+    if dims is None or sum(bool(set(dim.letters) - {"B"}) for dim in dims) != 1:
+        return False
+    try:
+        short, long = (int(observation.evaluate([index], Probe(1, length, 0))[0].max()) for length in (3, 8))
+    except (ObservationError, ValueError):
+        return True
+    return long - short == 5
 
 
 def _square(observation: Observation, data: ir.Value | None) -> tuple[int, str] | None:
