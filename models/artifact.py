@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from ..custom_ops.contract import CACHE_LAYOUT
+from ..custom_ops.contract import CACHE_LAYOUT, WEIGHT_LAYOUT
 from ..errors import ArtifactError, ModelError
 from .decision import Decision
 from .external_data import check_external_paths
@@ -61,7 +61,8 @@ class SourceRecord:
 class Manifest:
     """All that the runtime knows about an artifact. `spec` is None where the graph is no decoder.
 
-    `weights` tells whether every parameter is what the source means ("exact", quantized or not) or some were rounded by the compiler.
+    `weights` tells whether every parameter is what the source means ("exact", quantized or not) or some were rounded by the compiler;
+    `weight_layout` is None where no weight is packed.
     """
 
     kind: Kind
@@ -75,6 +76,7 @@ class Manifest:
     octavo_version: str
     thresholds: dict[str, float] = field(default_factory=dict)
     weights: Literal["exact", "rounded"] = "exact"
+    weight_layout: str | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -139,6 +141,9 @@ class Artifact:
         manifest = self.manifest
         if manifest.kind == "paged" and manifest.cache_layout != CACHE_LAYOUT:
             message = f"{self.folder} was compiled for the cache layout {manifest.cache_layout!r}, the kernels here have {CACHE_LAYOUT!r}"
+            raise ArtifactError(message, hint=_COMPILE_AGAIN)
+        if manifest.weight_layout not in (None, WEIGHT_LAYOUT):
+            message = f"{self.folder} was compiled for the weight layout {manifest.weight_layout!r}, the kernels here have {WEIGHT_LAYOUT!r}"
             raise ArtifactError(message, hint=_COMPILE_AGAIN)
         if GRAPH not in manifest.files:
             raise ArtifactError(f"{self.folder / MANIFEST} records no {GRAPH}", hint=_COMPILE_AGAIN)

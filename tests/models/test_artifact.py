@@ -88,6 +88,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no version": (lambda m: m.pop("format_version"), "format version None"),
     "bool version": (lambda m: m.update(format_version=True), "format version True"),
     "layout": (lambda m: m.update(cache_layout="k-pd.0"), "'k-pd.0'"),
+    "weight layout": (lambda m: m.update(weight_layout="o8.0"), "'o8.0'"),
     "no layout": (lambda m: m.update(cache_layout=None), "cache layout None"),
     "unknown key": (lambda m: m.update(library="/tmp/x.so"), "unknown key 'library'"),
     "missing key": (lambda m: m.pop("interface"), "no key 'interface'"),
