@@ -60,7 +60,7 @@ def assembled(q: NDArray[np.uint8], fit: Fit, scheme: Scheme, dtype: np.dtype[An
 def scale_dtype(weight: Array, scheme: Scheme) -> np.dtype[Any]:
     """What scales and minimums are stored in: float16, unless the largest would overflow it or fall below its normal numbers.
 
-    With the largest scale at 2⁻¹⁴ or above, rounding moves none by more than 2⁻¹¹ of the largest.
+    With the largest scale at 2⁻¹⁴ or above, rounding scales moves no weight by more than 2⁻¹¹ of the tensor's largest.
     """
     largest = max(float(weight.max(initial=0.0)), -float(weight.min(initial=0.0)))
     return np.dtype(np.float16) if largest == 0 or (largest / scheme.top >= 2.0**-14 and largest < 65504 / 2) else np.dtype(np.float32)

@@ -1,13 +1,17 @@
-"""Scales searched for the least squared error: a few grids are tried for each group, each improved in closed form.
+"""Scales searched for the least squared error, in which large weights count more: a few grids are tried for each group.
 
 A grid that clips the largest weights a little has finer steps for all others. For each candidate the levels q are found, and with them held
-the best scale is Σwq/Σq² (with a minimum: the regression of w on q). The candidate of least error wins; plain rounding is one of them, and
-stays where nothing is better. The idea is that of ggml's quantization of its K types (github.com/ggml-org/llama.cpp, ggml-quants.c).
+the best scale is Σpwq/Σpq² (with a minimum: the regression of w on q). The candidate of least Σp(w − ŵ)² wins; plain rounding is one of them,
+and stays where nothing is better. The idea is that of ggml's quantization of its K types (github.com/ggml-org/llama.cpp, ggml-quants.c).
+
+The importance p = w² + the group's mean of w² matters: on SmolLM2 in groups of 64, with p = 1 the weights come nearer and the logits go away
+(mean KL 0.65, plain rounding 0.55, this 0.52): the few large weights, which a search without it clips, meet large inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,12 +29,12 @@ _LEVELS_8 = (-130.0, -129.0, -128.0, -127.0, -126.0, 127.0)
 # Asymmetric: how many steps the range has beyond those that fit into q (more: both ends are clipped).
 _BEYOND = (-1.0, -0.5, 0.0, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.0)
 
-# What a candidate comes to: its scale and zero, and its squared error up to the constant Σw².
+# What a candidate comes to: its scale and zero, and its error up to the constant Σpw².
 _Found = tuple[Array, Array, Array]
 
 
 def search(weight: NDArray[Any], scheme: Scheme, name: str = "weight") -> QuantizedWeight:
-    """`weight` [M, K] with searched scales: no group has a larger squared error than with `rtn`. Raises as `check_weight`."""
+    """`weight` [M, K] with searched scales: no group has a larger error (as weighed here) than with `rtn`. Raises as `check_weight`."""
     return by_groups(check_weight(weight, scheme, name), scheme, fit_least_squares)
 
 
@@ -41,21 +45,36 @@ def fit_least_squares(groups: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Fi
     # Squares of very small or large weights would leave float32: groups are brought near 1 by a power of two, which is exact.
     power = np.where(magnitude > 0, np.exp2(np.round(np.log2(np.where(magnitude > 0, magnitude, 1)))), 1).astype(np.float32)
     unit = groups * reciprocal(power)[..., None]
-    tried = {"none": _symmetric, "uint8": _integer, "float": _minimum}[scheme.zero_point](unit, power, scheme, dtype)
+    weighed = _Weighed(unit, importance(unit))
+    tried = {"none": _symmetric, "uint8": _integer, "float": _minimum}[scheme.zero_point](weighed, power, scheme, dtype)
     scale, zero, error = next(tried)
     for other_scale, other_zero, other_error in tried:
         better = other_error < error
         scale, zero = np.where(better, other_scale, scale), np.where(better, other_zero, zero)
         error = np.minimum(other_error, error)
     best = Fit(scale, zero)
-    keep = _squares(groups, plain, power, scheme) <= _squares(groups, best, power, scheme)
+    keep = _error(weighed, groups, plain, power, scheme) <= _error(weighed, groups, best, power, scheme)
     return Fit(np.where(keep, plain.scale, best.scale), np.where(keep, plain.zero, best.zero))
 
 
-def _squares(groups: Array, fit: Fit, power: Array, scheme: Scheme) -> Array:
-    """Each group's squared error, in units of its power of two."""
+def importance(groups: Array) -> Array:
+    """How much each weight's squared error counts."""
+    squares = groups * groups
+    return squares + squares.mean(axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Groups [..., g] near 1, and how much their errors count."""
+
+    unit: Array
+    importance: Array
+
+
+def _error(weighed: _Weighed, groups: Array, fit: Fit, power: Array, scheme: Scheme) -> Array:
+    """Each group's error, in units of its power of two."""
     error = (groups - decode(encode(groups, fit, scheme), fit, scheme)) * reciprocal(power)[..., None]
-    return _dot(error, error)
+    return _dot(weighed.importance * error, error)
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -66,7 +85,8 @@ def _ratio(above: Array, below: Array) -> Array:
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
-def _symmetric(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+def _symmetric(weighed: _Weighed, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+    unit = weighed.unit
     low, high = unit.min(axis=-1), unit.max(axis=-1)
     inverse = reciprocal(np.where(high > -low, high, low))[..., None]
     middle, steps = np.full(power.shape, scheme.middle, np.float32), np.empty_like(unit)
@@ -74,10 +94,11 @@ def _symmetric(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) 
         np.multiply(unit, inverse * np.float32(level), out=steps)
         np.rint(steps, out=steps)
         np.clip(steps, -scheme.middle, scheme.middle - 1, out=steps)
-        yield _scaled(unit, steps, power, middle, dtype)
+        yield _scaled(weighed, steps, power, middle, dtype)
 
 
-def _integer(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+def _integer(weighed: _Weighed, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+    unit = weighed.unit
     low, high = np.minimum(unit.min(axis=-1), np.float32(0)), np.maximum(unit.max(axis=-1), np.float32(0))
     steps = np.empty_like(unit)
     for beyond in _BEYOND:
@@ -86,20 +107,22 @@ def _integer(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) ->
         np.multiply(unit, inverse[..., None], out=steps)
         np.rint(steps, out=steps)
         np.clip(steps, -zero[..., None], scheme.top - zero[..., None], out=steps)
-        yield _scaled(unit, steps, power, zero, dtype)
+        yield _scaled(weighed, steps, power, zero, dtype)
 
 
-def _scaled(unit: Array, steps: Array, power: Array, zero: Array, dtype: np.dtype[Any]) -> _Found:
+def _scaled(weighed: _Weighed, steps: Array, power: Array, zero: Array, dtype: np.dtype[Any]) -> _Found:
     """The best scale for levels `steps`, counted from 0."""
-    both, squares = _dot(unit, steps), _dot(steps, steps)
+    weighty = weighed.importance * steps
+    both, squares = _dot(weighed.unit, weighty), _dot(steps, weighty)
     scale = rounded(_ratio(both, squares) * power, dtype)
     step = scale * reciprocal(power)
     return scale, zero, step * (step * squares - 2 * both)
 
 
-def _minimum(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+def _minimum(weighed: _Weighed, power: Array, scheme: Scheme, dtype: np.dtype[Any]) -> Iterator[_Found]:
+    unit = weighed.unit
     low, high = unit.min(axis=-1), unit.max(axis=-1)
-    count, total, q = np.float32(unit.shape[-1]), unit.sum(axis=-1), np.empty_like(unit)
+    count, total, q = weighed.importance.sum(axis=-1), _dot(unit, weighed.importance), np.empty_like(unit)
     for beyond in _BEYOND:
         inverse = np.float32(scheme.top + beyond) * reciprocal(high - low)
         start = low + np.float32(max(beyond, 0) / 2) * reciprocal(inverse)
@@ -107,10 +130,11 @@ def _minimum(unit: Array, power: Array, scheme: Scheme, dtype: np.dtype[Any]) ->
         q *= inverse[..., None]
         np.rint(q, out=q)
         np.clip(q, 0, scheme.top, out=q)
-        levels, squares, both = q.sum(axis=-1), _dot(q, q), _dot(unit, q)
+        weighty = weighed.importance * q
+        levels, squares, both = weighty.sum(axis=-1), _dot(q, weighty), _dot(unit, weighty)
         scale = rounded(_ratio(count * both - total * levels, count * squares - levels * levels) * power, dtype)
         step = scale * reciprocal(power)
-        minimum = rounded((total - step * levels) / count * power, dtype)
+        minimum = rounded(_ratio(total - step * levels, count) * power, dtype)
         floor = minimum * reciprocal(power)
         error = step * (step * squares - 2 * both) + floor * (count * floor + 2 * (step * levels - total))
         yield scale, minimum, error
