@@ -328,14 +328,15 @@ def _multi_head(w: _Writer) -> _Result:
     elif value is None:
         query, (key, value) = w.heads(query, heads, _width(query) // heads), _unpacked(w, key, 2)
     else:
-        size, value_rank = _width(query) // heads, None if key.shape is None else len(key.shape)
+        size, key_rank = _width(query) // heads, None if key.shape is None else len(key.shape)
+        if key_rank not in (3, 4):
+            raise CanNotExpand("the rank of its key is not known")
+        value_size = _width(value) // heads if key_rank == 3 else 0
         if w.input(3) is not None:
             query, key, value = _biased(w, query, key, value, w.needed(3))
         query = w.heads(query, heads, size)
-        if value_rank == 3:
-            key, value = w.heads(key, heads, size), w.heads(value, heads, _width(value) // heads)
-        elif value_rank != 4:
-            raise CanNotExpand("the rank of its key is not known")
+        if key_rank == 3:
+            key, value = w.heads(key, heads, size), w.heads(value, heads, value_size)
     if w.input(3) is not None and (w.input(1) is None or w.input(2) is None):
         raise CanNotExpand("a bias on packed operands")
     return _attended(w, query, key, value, heads, mask=w.input(4), bias=w.input(5), past=(w.input(6), w.input(7)))
@@ -439,10 +440,10 @@ def _decoder_masked(w: _Writer) -> _Result:
     if attribute(w.node, "past_present_share_buffer", 0):
         raise CanNotExpand("its cache is one shared buffer")
     heads, (query, key, value) = attribute(w.node, "num_heads", 0), (w.needed(0), w.needed(1), w.needed(2))
-    size = _width(query) // heads
+    size, value_size = _width(query) // heads, _width(value) // heads
     if w.input(10) is not None:
         query, key, value = _biased(w, query, key, value, w.needed(10))
-    q, k, v = w.heads(query, heads, size), w.heads(key, heads, size), w.heads(value, heads, _width(value) // heads)
+    q, k, v = w.heads(query, heads, size), w.heads(key, heads, size), w.heads(value, heads, value_size)
     return _attended(w, q, k, v, heads, mask=w.input(3), bias=w.input(4), past=(w.input(5), w.input(6)))
 
 
