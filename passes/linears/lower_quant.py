@@ -31,8 +31,9 @@ Packed = tuple[ir.Value, WeightFormat]
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
-    """Carries a WeightPlan out; afterwards `rounded` names the linears whose weights are not what the graph meant. `stored` is what `find_stored` saw before constants were folded; `ids` the input with the token ids.
+    """Carries a WeightPlan out. `stored` is what `find_stored` saw before constants were folded; `ids` the input with the token ids.
 
+    Afterwards `rounded` names the linears whose weights are not what the graph meant.
     Raises OptionError for patterns that name nothing and groups that don't divide, ModelError for weights that are not finite.
     """
 
