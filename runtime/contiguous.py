@@ -39,6 +39,8 @@ class ContiguousExecutor:
         self._mask = interface.input("attention_mask")
         self._past = tuple(port for port in interface.inputs if port.role in ("past_key", "past_value"))
         self._present = tuple(_present_of(interface, port) for port in self._past)
+        # Half of a decoder that was exported in two parts takes a prompt like an answer.
+        self._one_token = bool(self._past) and any(port is not None and _tokens_fixed(port) == 1 for port in (ids, self._positions))
         self.limits = Limits(1, None)
         self.max_context = max_context
         self.max_cached: int | None = None
@@ -90,19 +92,30 @@ class ContiguousExecutor:
 
     def _run(self, part: Slice) -> tuple[Logits, PastTokens]:
         start = part.start if self._past else 0
-        ids = part.sequence.tokens[start : part.stop]
+        ids, past = part.sequence.tokens[start : part.stop], part.sequence.cache
+        found = []
+        for at in range(0, len(ids), 1 if self._one_token else len(ids)):
+            rows, past = self._forward(ids[at : at + 1] if self._one_token else ids, start + at, past)
+            found.append(rows)
+        rows = np.concatenate(found)
+        if part.num_rows > len(rows):
+            raise UnsupportedError(f"the graph gives {len(rows)} rows of logits for {len(ids)} tokens", hint='ask for rows="last"')
+        return rows[len(rows) - part.num_rows :], past
+
+    def _forward(self, ids: list[int], start: int, past: PastTokens) -> tuple[Logits, PastTokens]:
+        """Logits of `ids`, or of the last of them where the graph gives no more, and the past with them."""
         feeds = {self._ids.name: _ort([ids], self._ids)}
         if self._positions is not None:
-            feeds[self._positions.name] = _ort([range(start, part.stop)], self._positions)
+            feeds[self._positions.name] = _ort([range(start, start + len(ids))], self._positions)
         if self._mask is not None:
-            feeds[self._mask.name] = _ort(np.ones((1, part.stop)), self._mask)
-        feeds.update(zip((port.name for port in self._past), part.sequence.cache.values))
+            feeds[self._mask.name] = _ort(np.ones((1, start + len(ids))), self._mask)
+        feeds.update(zip((port.name for port in self._past), past.values))
         names = [self._logits.name, *(port.name for port in self._present)]
         logits, *present = self._session.run_with_ort_values(names, feeds)
         rows = np.asarray(logits.numpy(), np.float32)[0]
-        if len(rows) not in (1, len(ids)) or part.num_rows > len(rows):
+        if len(rows) not in (1, len(ids)):
             raise UnsupportedError(f"the graph gives {len(rows)} rows of logits for {len(ids)} tokens", hint='ask for rows="last"')
-        return rows[len(rows) - part.num_rows :], PastTokens(tuple(present))
+        return rows, PastTokens(tuple(present))
 
     def _no_past(self) -> PastTokens:
         shapes = [(1, port.shape[1], 0, port.shape[3]) for port in self._past if port.shape is not None]
@@ -119,6 +132,11 @@ class ContiguousExecutor:
         except Exception as error:
             raise step_error(error) from error
         return int(logits.shape[-1])
+
+
+def _tokens_fixed(port: GraphPort) -> int | None:
+    size = port.shape[1] if port.shape is not None and len(port.shape) == 2 else None
+    return size if isinstance(size, int) else None
 
 
 _FLOATS = ("float32", "float16", "float64")

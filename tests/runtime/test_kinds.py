@@ -6,6 +6,7 @@ import gc
 
 import numpy as np
 import octavo
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -172,3 +173,18 @@ def test_run_feeds_the_graph_where_it_is_its_own(model, kind, oracle):
         model.run({name: value for name, value in feeds.items() if name != "input_ids"})
     with pytest.raises(octavo.OctavoError, match="don't fit"):
         model.run({**feeds, "input_ids": np.array([IDS[:5]], np.float32)})
+
+
+def test_a_graph_for_one_token_a_run_takes_prompts_too(source, oracle, tmp_path):
+    """The decode half of a decoder that was exported in two."""
+    graph = onnx.load(source)
+    for value in graph.graph.input:
+        if value.name in ("input_ids", "position_ids"):
+            value.type.tensor_type.shape.dim[1].dim_value = 1
+    graph.graph.ClearField("value_info")
+    onnx.save(graph, tmp_path / "decode.onnx")
+    with octavo.load(tmp_path / "decode.onnx") as model:
+        np.testing.assert_allclose(model.predict(IDS[:20]), oracle(IDS[:20]), atol=TOLERANCE)
+        sequence = model.begin_session().new_sequence()
+        np.testing.assert_allclose(sequence.append(IDS[:7], rows="all"), oracle(IDS[:7]), atol=TOLERANCE)
+        np.testing.assert_allclose(sequence.append(IDS[7:9])[-1], oracle(IDS[:9])[-1], atol=TOLERANCE)
