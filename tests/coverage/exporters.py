@@ -46,7 +46,9 @@ class Subject:
 class Exporter:
     """`exact`: the graph must give torch's logits. Otherwise it has lost accuracy on purpose, and is its own oracle at full accuracy.
 
-    `expected` names the only refusal that is allowed ("" = what it writes must page).
+    `expected` names the only refusal that is allowed ("" = what it writes must page). `stores_quantized`: weights, which are then kept to
+    the bit and multiplied with float32 activations. `sideways`: what a token gives depends on which others are run with it, even in the
+    graph itself, so that only runs of the same tokens can be compared.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Exporter:
     export: Callable[[Subject, Path], None]
     exact: bool = True
     expected: str = ""
+    stores_quantized: bool = False
+    sideways: bool = False
 
 
 def _torch(subject: Subject, out: Path, **variant: Any) -> None:
@@ -210,13 +214,13 @@ def _exporters() -> Iterable[Exporter]:
     yield Exporter("optimizer-torchscript17", "transformers5", partial(_optimizer, source="torchscript17"))
     yield Exporter("fp16-torchscript17", "transformers5", partial(_half, source="torchscript17"), exact=False)
     yield Exporter("int8-torchscript17", "transformers5", partial(_dynamic_int8, source="torchscript17"), exact=False,
-                   expected="per-tensor dynamic quantization")
+                   expected="per-tensor dynamic quantization", sideways=True)
     yield Exporter("optimum", "transformers4", partial(_optimum, task="text-generation-with-past"))
     yield Exporter("optimum-nocache", "transformers4", partial(_optimum, task="text-generation"))
     yield Exporter("optimizer-optimum", "transformers4", partial(_optimizer, source="optimum"))
     yield Exporter("genai-fp32", "transformers5", partial(_genai, precision="fp32"))
     yield Exporter("genai-fp16", "transformers5", partial(_genai, precision="fp16"), exact=False)
-    yield Exporter("genai-int4", "transformers5", partial(_genai, precision="int4"), exact=False)
+    yield Exporter("genai-int4", "transformers5", partial(_genai, precision="int4"), exact=False, stores_quantized=True)
 
 
 EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in _exporters()}
