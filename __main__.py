@@ -87,6 +87,12 @@ def compile_(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="An exported .onnx decoder or encoder.")],
     *,
     out: Out,
+    weights: Annotated[
+        str, typer.Option(help='fp32, stored (as the source has them), int8, int4, or a JSON map of patterns: {"head": "int8", "*": "int4"}.'),
+    ] = "fp32",
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here.")] = 32,
+    quantizer: Annotated[str, typer.Option(help="How they are rounded: search, rtn, hqq.")] = "search",
+    activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups) or fp32.")] = "int8",
     kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, or none (no cache).")] = "auto",
     masking: Annotated[str, typer.Option(help="auto: what the mask is proved to mean; causal, none: assert it.")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,
@@ -103,12 +109,23 @@ def compile_(
     """
     from . import CompileOptions, compile
 
-    chosen: dict[str, Any] = {"kv_cache": False if kv_cache == "none" else kv_cache, "masking": masking, "max_context": max_context}
+    chosen: dict[str, Any] = {"weights": _weights(weights), "group_size": group_size, "quantizer": quantizer, "activations": activations}
+    chosen |= {"kv_cache": False if kv_cache == "none" else kv_cache, "masking": masking, "max_context": max_context}
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with _working(f"compiling {source}"):
         report = compile(source, out, options=options)
     _print(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
     _warn_of_nothing(report)
+
+
+def _weights(text: str) -> Any:
+    """A precision, or the map that a JSON object spells."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"--weights is no JSON object: {error}", hint='for example --weights \'{"head": "int8", "*": "int4"}\'') from None
 
 
 @app.command(epilog="Example: octavo check art/ --against plain/model.onnx")
