@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -37,14 +38,19 @@ class Laboratory:
         is_data, ops = self.graph.is_data, MOVES | LINEAR | SCORES
         wanted = dict.fromkeys(
             value
-            for node in self.graph.order if node.op_type in ops and passable(node, ops, is_data)
-            for value in node.inputs if value is not None and value.const_value is None and not is_data(value)
+            for node in self.graph.order if node.op_type in ops and passable(node, ops, is_data) and is_data(node.outputs[0])
+            for value in node.inputs if value is not None and value.const_value is None and not is_data(value) and not self._is_weight(value)
         )
         for probe in self.probes:
             try:
                 self._sides[probe].update(zip(wanted, self.observation.evaluate(list(wanted), probe), strict=True))
             except ObservationError:  # one of them can't be had; each is then asked for alone, where it is needed
                 continue
+
+    def _is_weight(self, value: ir.Value) -> bool:
+        """Whether a value is a constant as large as a weight: computing it (from a quantized one) takes longer than all else here."""
+        dims = self.observation.dims(value) if self.observation.kind(value) == "constant" else ()
+        return dims is None or prod(dim.factor for dim in dims) > 1 << 16
 
     def side(self, value: ir.Value, probe: Probe) -> Array:
         """A constant or structural value. Raises ObservationError where it can't be computed."""
