@@ -71,23 +71,9 @@ class Builder:
         return self.constant(np.array(numbers, np.int64), f"octavo.integers.{'_'.join(map(str, numbers))}")
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """`shape` has at most one −1."""
+        """`shape` has at most one −1; a 0 keeps the dimension in its place. What is declared of the result are its fixed sizes alone."""
         out = self.op("Reshape", [value, self.integers(shape)])[0]
-        out.shape = ir.Shape([None if size == -1 else size for size in shape])
-        return out
-
-    def reshape_behind(self, value: ir.Value, tail: Sequence[int]) -> ir.Value:
-        """`value` with its first two dimensions as they are and `tail` behind them.
-
-        After a Reshape with allowzero their sizes are written out: onnxruntime makes one Reshape of two, and a 0 that keeps a size in ours
-        would then be a size.
-        """
-        node = value.producer()
-        if node is None or node.op_type != "Reshape" or not node.attributes.get_int("allowzero", 0):
-            return self.reshape(value, [0, 0, *tail])
-        shape = self.op("Concat", [self.size(value, 0), self.size(value, 1), self.integers(tail)], {"axis": 0})[0]
-        out = self.op("Reshape", [value, shape])[0]
-        out.shape = ir.Shape([None, None, *tail])
+        out.shape = ir.Shape([size if size > 0 else None for size in shape])
         return out
 
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:

@@ -81,7 +81,7 @@ class DirectSite:
         with build.before(place):
             key, value = self._grown(build, 0), self._grown(build, 1)
             rows = [_rows(build, operand) for operand in (self.query, key, value)]
-            # Sizes are asked of what the graph had before: onnxruntime may fold the Shape of two Reshapes in a row to something else.
+            # Sizes are asked of the graph's own values, not of what was written for the op.
             visible = self.mask.write(build, *(build.size(operand.value, _TOKENS_AT[operand.layout]) for operand in (self.query, key)))
             given = {"query": rows[0], "key": rows[1], "value": rows[2], "attention_bias": visible.attention_bias, "key_mask": visible.key_mask}
             last = max(FLASH_ATTENTION.input_index(name) for name, operand in given.items() if operand is not None)
@@ -106,7 +106,7 @@ class DirectSite:
             return operand
         heads_first = operand.value
         if operand.layout == "BSH":
-            heads_first = build.transpose(build.reshape_behind(operand.value, [operand.heads, operand.size]), (0, 2, 1, 3))
+            heads_first = build.transpose(build.reshape(operand.value, [0, 0, operand.heads, operand.size]), (0, 2, 1, 3))
         if self.past is not None:
             heads_first = build.op("Concat", [self.past[index], heads_first], {"axis": 2})[0]
         return Operand(heads_first, "BHSD", operand.heads, operand.size)
@@ -114,7 +114,7 @@ class DirectSite:
     def _laid_out(self, build: Builder, attention: ir.Value) -> ir.Value:
         if self.output_layout in ("BSH", "NSD"):
             return attention
-        split = build.reshape_behind(attention, [self.query.heads, self.value.size])
+        split = build.reshape(attention, [0, 0, self.query.heads, self.value.size])
         return split if self.output_layout == "BSHD" else build.transpose(split, (0, 2, 1, 3))
 
 
@@ -143,7 +143,7 @@ def _rows(build: Builder, operand: Operand) -> ir.Value:
         if order != tuple(range(len(order))):
             value = build.transpose(value, order)
         if layout in ("BHSD", "BSHD", "BHDS"):
-            value = build.reshape_behind(value, [operand.heads * operand.size])
+            value = build.reshape(value, [0, 0, operand.heads * operand.size])
     return build.cast(value, ir.DataType.FLOAT)
 
 

@@ -135,11 +135,16 @@ class _Writer:
 
     def number(self, value: float) -> ir.Value:
         """A scalar of the operands' type."""
-        return scalar(self.build, value, np.float16 if self.needed(0).dtype == ir.DataType.FLOAT16 else np.float32)
+        return scalar(self.build, value, np.float16 if self.typed.dtype == ir.DataType.FLOAT16 else np.float32)
+
+    @property
+    def typed(self) -> ir.Value:
+        """An operand of the type that is computed in: a weight where there is one, since embeddings are mistyped by shape inference."""
+        return self.needed(1 if self.node.op_type == "Attention" else 0)
 
     def heads(self, rows: ir.Value, heads: int, size: int) -> ir.Value:
         self.head_size = size
-        return self.build.transpose(self.build.reshape_behind(rows, [heads, size]), (0, 2, 1, 3))
+        return self.build.transpose(self.build.reshape(rows, [0, 0, heads, size]), (0, 2, 1, 3))
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> list[ir.Value]:
         parts = self.build.op("Split", [value, self.build.integers(sizes)], {"axis": axis}, outputs=len(sizes))
@@ -170,7 +175,7 @@ class _Writer:
         else:
             weights = build.op("Softmax", [scores], {"axis": -1})[0]
         attended = build.op("MatMul", [weights, v])[0]
-        return build.op("Reshape", [build.transpose(attended, (0, 2, 1, 3)), build.integers([0, 0, -1])])[0]
+        return build.reshape(build.transpose(attended, (0, 2, 1, 3)), [0, 0, -1])
 
     def _repeated(self, x: ir.Value, heads: int, kv_heads: int) -> ir.Value:
         build = self.build
@@ -201,7 +206,7 @@ class _Writer:
 
     def choose(self, condition: ir.Value, yes: float, no: float) -> ir.Value:
         result = self.build.op("Where", [condition, self.number(yes), self.number(no)])[0]
-        result.type = self.needed(0).type
+        result.type = self.typed.type
         return result
 
     def positive(self, value: ir.Value) -> ir.Value:
@@ -382,11 +387,10 @@ def _head_size(w: _Writer, heads: int) -> int:
 def _padding(w: _Writer, mask: ir.Value, keys: ir.Value, hidden: float) -> ir.Value:
     """A key mask as what is added to the scores, spread over them."""
     build, rank = w.build, None if mask.shape is None else len(mask.shape)
-    if rank == 1:
-        producer = mask.producer()
-        if producer is None or not (producer.op_type == "ReduceSum" or (producer.op_type == "Cast" and _sums(producer.inputs[0]))):
-            raise CanNotExpand("its one-dimensional mask is not known to be one length per sequence")
-        seen = w.shorter(keys, mask)
+    if _counts_tokens(mask):
+        seen, rank = w.shorter(keys, mask), 1
+    elif rank == 1:
+        raise CanNotExpand("its one-dimensional mask is not known to be one length per sequence")
     elif rank in (2, 3):
         seen = w.positive(mask)
     else:
@@ -395,9 +399,14 @@ def _padding(w: _Writer, mask: ir.Value, keys: ir.Value, hidden: float) -> ir.Va
     return build.op("Unsqueeze", [w.choose(seen, 0.0, hidden), build.integers(axes)])[0]
 
 
-def _sums(value: ir.Value | None) -> bool:
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type == "ReduceSum"
+def _counts_tokens(mask: ir.Value) -> bool:
+    """Whether a mask is one length per sequence, by what makes it."""
+    node = mask.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        return _counts_tokens(node.inputs[0])
+    if node is None:
+        return False
+    return node.op_type == "ReduceSum" or (node.op_type == "EmbedLayerNormalization" and len(node.outputs) > 1 and node.outputs[1] is mask)
 
 
 _ATTENTION = frozenset({"num_heads", "unidirectional", "qkv_hidden_sizes", "mask_filter_value", "scale", "do_rotary", "past_present_share_buffer"})
@@ -411,6 +420,8 @@ def _attention(w: _Writer) -> _Result:
         raise CanNotExpand("a rotary embedding or a shared cache of its own")
     heads, total = attribute(node, "num_heads", 0), _width(w.needed(1))
     sizes = list(attribute(node, "qkv_hidden_sizes", None) or [total // 3] * 3)
+    if w.needed(0).producer() is not None:  # of EmbedLayerNormalization onnx infers its first input's type and shape
+        w.needed(0).type, w.needed(0).shape = w.typed.type, None
     rows = build.op("MatMul", [w.needed(0), w.needed(1)])[0]
     if w.input(2) is not None:
         rows = build.op("Add", [rows, w.needed(2)])[0]

@@ -13,7 +13,7 @@ def tokens_last(build: Builder, value: ir.Value, layout: str, width: int) -> ir.
     """A site's operand as [B, S, width]."""
     if layout == "BHSD":
         value = build.transpose(value, (0, 2, 1, 3))
-    return build.reshape_behind(value, [width])
+    return build.reshape(value, [0, 0, width])
 
 
 def output_tail(observation: Observation, site: AttentionSite) -> tuple[int, ...]:
@@ -27,5 +27,5 @@ def output_tail(observation: Observation, site: AttentionSite) -> tuple[int, ...
 
 def replacement(build: Builder, attention: ir.Value, site: AttentionSite, tail: tuple[int, ...]) -> ir.Value:
     """[B, S, H·E] as the value that the graph goes on with."""
-    split = attention if len(tail) == 1 else build.reshape_behind(attention, tail)
+    split = attention if len(tail) == 1 else build.reshape(attention, [0, 0, *tail])
     return build.transpose(split, (0, 2, 1, 3)) if site.output_layout == "BHSD" else split
