@@ -22,7 +22,7 @@ from ..extract import reads
 from ..normalize import graph_size
 from ..observe import Dim, Observation
 from ..outcome import Outcome, PassResult, Refusal
-from .direct import DirectSite
+from .direct import DirectSite, take_over
 from .layout import output_tail, replacement, tokens_last
 from .site import AttentionSite
 
@@ -131,7 +131,7 @@ class LowerFlash(ir.passes.InPlacePass):
                 key_mask = build.cast(plan.padding, ir.DataType.BOOL)
             written = {value: build.sizes(self._ids(), dims, scalar=_is_scalar(value)) for value, dims in plan.sizes.items()}
         for site, tail in zip(plan.sites, plan.tails):
-            self._replace(build, site, tail, key_mask)
+            self._replace(graph, build, site, tail, key_mask)
         for direct in plan.direct:
             direct.write(build, graph)
         for old, new in written.items():
@@ -147,7 +147,7 @@ class LowerFlash(ir.passes.InPlacePass):
         assert self._plan.ids is not None, "a graph with a cache has token ids"
         return self._plan.ids
 
-    def _replace(self, build: Builder, site: AttentionSite, tail: tuple[int, ...], key_mask: ir.Value | None) -> None:
+    def _replace(self, graph: ir.Graph, build: Builder, site: AttentionSite, tail: tuple[int, ...], key_mask: ir.Value | None) -> None:
         producer = site.output.producer()
         assert producer is not None
         with build.before(producer):
@@ -171,7 +171,7 @@ class LowerFlash(ir.passes.InPlacePass):
             inputs = [given.get(port.name) for port in FLASH_ATTENTION.inputs[: last + 1]]
             output = build.op("FlashAttention", inputs, attributes, domain=DOMAIN, name=site.name)[0]
             new = replacement(build, output, site, tail)
-        site.output.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(graph, site.output, new)
 
     def _drop_cache(self, graph: ir.Graph) -> None:
         inputs = {port.name for port in self._plan.interface.inputs}
