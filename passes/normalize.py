@@ -86,7 +86,7 @@ def _defaults(model: ir.Model) -> str:
 
 
 # Which input has the type of a fused operator's outputs, where it isn't the first.
-_TYPED_BY = {"MatMulIntegerToFloat": 2}
+_TYPED_BY = {"MatMulIntegerToFloat": 2, "DequantizeLinear": 1, "QuantizeLinear": 2, "GatherBlockQuantized": 2}
 
 
 def _infer_more_types(model: ir.Model) -> bool:

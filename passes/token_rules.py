@@ -223,6 +223,12 @@ def _gather(view: View) -> TokenAxis:
     return axis if axis.axis < worked else axis.moved(axis.axis + view.rank(1) - 1)
 
 
+def _gather_quantized(view: View) -> TokenAxis:
+    """Rows of a table that is stored in blocks with a scale each: what _gather is for plain ones."""
+    indices = view.only(1)
+    return indices.moved(view.node.attributes.get_int("gather_axis", 0) + indices.axis)
+
+
 def _gather_nd(view: View) -> TokenAxis:
     """Entries of a table, by ids: the last dimension of the indices says which."""
     data, indices = view.axes[0], view.axes[1]
@@ -339,6 +345,7 @@ RULES: dict[tuple[str, str], Rule] = {
     **{("com.microsoft", op): _skip_norm for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")},
     ("com.microsoft", "SimplifiedLayerNormalization"): _norm(-1),
     ("com.microsoft", "FusedMatMul"): _fused_matmul,
+    ("com.microsoft", "GatherBlockQuantized"): _gather_quantized,
     ("com.microsoft", "MatMulNBits"): _rows_times_weights,
     ("com.microsoft", "RotaryEmbedding"): _microsoft_rotary,
 }

@@ -23,7 +23,7 @@ from octavo.passes.outcome import Refusal
 from octavo.passes.positions import position_sources
 
 MAX_CONTEXT = 64
-SIZES = {"W": (8, 8), "up": (8, 24), "down": (24, 8), "bias": (8,), "gain": (8,), "table": (16, 8), "places": (64, 8), "kernel": (8, 8, 3)}
+SIZES = {"W": (8, 8), "up": (8, 24), "down": (24, 8), "bias": (8,), "gain": (8,), "table": (16, 8), "places": (64, 8), "steps": (16, 1), "kernel": (8, 8, 3)}
 INTS = {
     "zero": [0], "one": [1], "two": [2], "three": [3], "four": [4], "eight": [8], "nine": [9], "sixteen": [16], "forty": [40], "last": [-1],
     "ones": [1, 1, 1], "heads": [0, 0, 2, 4], "rows": [-1, 8], "unrows": [1, -1, 8], "back": [0, 0, 8], "mixed": [0, -1, 4],
@@ -37,6 +37,7 @@ def graph(body: str, *, inputs: str = "", opset: int = 21) -> ir.Model:
     floats = [f"float[{','.join(map(str, shape))}] {name} = {{{_numbers(name, shape)}}}" for name, shape in SIZES.items()]
     ints = [f"int64[{len(values)}] {name} = {{{', '.join(map(str, values))}}}" for name, values in INTS.items()]
     constants = [*floats, *ints, "float eps = {0.00001}", "int64 axis0 = {0}", "int64 axis1 = {1}", "int64 axis2 = {2}"]
+    constants += [f"uint8[16,4] packed = {{{', '.join(str(37 * i % 256) for i in range(64))}}}"]
     model = ir.from_onnx_text(f"""
 <ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>
 g (int64[B,S] input_ids{inputs}) => (float[B,S,8] logits) <{', '.join(constants)}>
@@ -111,6 +112,9 @@ LOCAL = {
                                            "z = Reshape(e, unrows)",
     "entries of a table by id": "i = ArgMax<axis = 2, keepdims = 1>(h) z = GatherND(table, i)",
     "fused product": "a = com.microsoft.FusedMatMul<alpha = 0.5>(h, up) z = com.microsoft.FusedMatMul<transB = 1>(a, up)",
+    "rows of a quantized table": (
+        "i = ArgMax<axis = 2, keepdims = 0>(h) "
+        "z = com.microsoft.GatherBlockQuantized<bits = 4, block_size = 16, gather_axis = 0, quantize_axis = 1>(packed, i, steps)"),
     "top k and its rows": "v, i = TopK(h, four) a = GatherElements<axis = 2>(h, i) n = Neg(a) z = ScatterElements<axis = 2>(h, i, n)",
     "arg max": "i = ArgMax<axis = 2, keepdims = 0>(h) z = Gather(table, i)",
     "one hot": "i = ArgMax<axis = 2, keepdims = 0>(h) on_off = Slice(gain, zero, two) o = OneHot(i, eight, on_off) z = Mul(h, o)",
