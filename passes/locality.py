@@ -108,7 +108,7 @@ class _Trace:
             return
         try:
             if node.domain in ("", "ai.onnx") and node.op_type in DISPATCHING:
-                raise Sideways("rows are picked or written by what the tokens are, across tokens", str(node.name))
+                raise Sideways("rows are picked or written by index, across tokens", str(node.name))
             rule = RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
             if rule is None:
                 raise Sideways(f"{node.op_type} has no rule that says it works on each token alone", self._inputs(node))

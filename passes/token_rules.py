@@ -231,8 +231,12 @@ def _gather_quantized(view: View) -> TokenAxis:
 
 def _gather_nd(view: View) -> TokenAxis:
     """Entries of a table, by ids: the last dimension of the indices says which."""
-    data, indices = view.axes[0], view.axes[1]
-    if data is not None or indices is None or view.node.attributes.get_int("batch_dims", 0):
+    data, indices, shape = view.axes[0], view.axes[1], view.shapes[1]
+    assert shape is not None
+    batched = view.node.attributes.get_int("batch_dims", 0)
+    if indices is None and data is not None and not batched and data.axis >= shape[-1].factor:  # dimensions before the tokens are picked from
+        return data.moved(data.axis - shape[-1].factor + len(shape) - 1)
+    if data is not None or indices is None or batched:
         raise Sideways("it picks among tokens", f"data {data}, indices {indices}")
     if indices.axis == view.rank(1) - 1:
         raise Sideways("the places of tokens are its indices", f"{indices}")

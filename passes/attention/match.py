@@ -93,7 +93,10 @@ class _Matcher:
                 return operand
             operands.append(operand)
         query, key, value = operands
-        types = {operand.value.dtype for operand in operands} - {None}
+        if key.heads > value.heads and key.past is None:  # a rotary embedding keeps the keys behind their repetition
+            again = find_operand(self.lab, "value", core.value, core.canons[2], core.num_heads, core.sizes[1], core.where, heads=key.heads)
+            value = value if isinstance(again, Refusal) else again
+        types = {operand.value.dtype for operand in (query, key, value)} - {None}
         if types != {ir.DataType.FLOAT}:
             found = ", ".join(sorted(str(dtype) for dtype in types)) or "no type"
             return Refusal("attention is not in float32", core.where, f"types: expected FLOAT, found {found}")

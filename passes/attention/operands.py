@@ -47,9 +47,13 @@ class _Place:
     nodes: tuple[ir.Node, ...]
 
 
-def find_operand(lab: Laboratory, role: str, target: ir.Value, canon: Canon, num_heads: int, size: int, where: str) -> Operand | Refusal:
-    """The operand `target` of a product, `canon` saying how the product reads it. `size` is D (E for a value)."""
-    found = _furthest(lab, target, SCALES, canon, num_heads, size)
+def find_operand(
+    lab: Laboratory, role: str, target: ir.Value, canon: Canon, num_heads: int, size: int, where: str, *, heads: int | None = None,
+) -> Operand | Refusal:
+    """The operand `target` of a product, `canon` saying how the product reads it. `size` is D (E for a value); `heads` (None: any) says
+    how many it must have, where it could be taken before or after they are repeated.
+    """
+    found = _furthest(lab, target, SCALES, canon, num_heads, size, heads=heads)
     if found is None:
         spelled = target.producer().op_type if target.producer() is not None else "a graph input"
         return Refusal(
@@ -64,7 +68,7 @@ def find_operand(lab: Laboratory, role: str, target: ir.Value, canon: Canon, num
         def from_rotation(array: Array, probe: Probe) -> Array:
             return rotation.read_in(array, probe)
 
-        origin = _furthest(lab, source, MOVES, from_rotation, found.heads, size, past=False) or _Place(
+        origin = _furthest(lab, source, MOVES, from_rotation, found.heads, size, past=False, heads=found.heads) or _Place(
             source, rotation.layout_in, found.heads, 1.0, None, ()
         )
     turning = () if rotation is None else rotation.chain.nodes
@@ -76,6 +80,7 @@ def find_operand(lab: Laboratory, role: str, target: ir.Value, canon: Canon, num
 
 def _furthest(
     lab: Laboratory, target: ir.Value, ops: Iterable[str], canon: Canon, num_heads: int, size: int, past: bool = True,
+    heads: int | None = None,
 ) -> _Place | None:
     best: _Place | None = None
     for computed, chain in lab.graph.walk(target, frozenset(ops)):
@@ -83,8 +88,9 @@ def _furthest(
         if len(computed) != 1 or len(given) > (1 if past else 0):
             continue
         places = {_place(lab, chain, computed[0], given[0] if given else None, canon, num_heads, size, probe) for probe in lab.probes}
-        if len(places) == 1 and None not in places:
-            best = next(iter(places))
+        place = next(iter(places)) if len(places) == 1 else None
+        if place is not None and heads in (None, place.heads):
+            best = place
     return best
 
 

@@ -111,10 +111,11 @@ LOCAL = {
     "tile of all tokens, for each expert": "f = Reshape(h, rows) a = Tile(f, tiles) b = Reshape(a, tiled) e = ReduceSum<keepdims = 0>(b, zero) "
                                            "z = Reshape(e, unrows)",
     "entries of a table by id": "i = ArgMax<axis = 2, keepdims = 1>(h) z = GatherND(table, i)",
-    "fused product": "a = com.microsoft.FusedMatMul<alpha = 0.5>(h, up) z = com.microsoft.FusedMatMul<transB = 1>(a, up)",
     "rows of a quantized table": (
         "i = ArgMax<axis = 2, keepdims = 0>(h) "
         "z = com.microsoft.GatherBlockQuantized<bits = 4, block_size = 16, gather_axis = 0, quantize_axis = 1>(packed, i, steps)"),
+    "features by index": "t = Transpose<perm = [2, 0, 1]>(h) a = GatherND(t, three) u = Unsqueeze(a, last) z = Mul(h, u)",
+    "fused product": "a = com.microsoft.FusedMatMul<alpha = 0.5>(h, up) z = com.microsoft.FusedMatMul<transB = 1>(a, up)",
     "top k and its rows": "v, i = TopK(h, four) a = GatherElements<axis = 2>(h, i) n = Neg(a) z = ScatterElements<axis = 2>(h, i, n)",
     "arg max": "i = ArgMax<axis = 2, keepdims = 0>(h) z = Gather(table, i)",
     "one hot": "i = ArgMax<axis = 2, keepdims = 0>(h) on_off = Slice(gain, zero, two) o = OneHot(i, eight, on_off) z = Mul(h, o)",
