@@ -1,5 +1,8 @@
 #include "attention.h"
 
+#include <atomic>
+#include <new>
+
 namespace octavo {
 namespace {
 
@@ -8,13 +11,20 @@ namespace {
 constexpr std::int64_t kSplitRows = 8;
 
 // Query rows of a KV head are numbered token by token, group member by group member: number n is token n / (H/G), head g·(H/G) + n % (H/G).
-// A piece of work is one tile (up to kLanes numbers) over the chunks [chunk0, chunk1).
+// A piece of work is one tile (up to kLanes numbers) over the chunks [chunk0, chunk1). The pieces of a chunk follow each other for all KV
+// heads, as their keys and values do in memory. Of a tile whose chunks were spread, whoever computes the last one joins them.
 struct Work {
   std::int64_t sequence;
   std::int64_t number0;
   int g, rows;
   std::int32_t chunk0, chunk1;
-  std::int64_t partial;  // offset of this chunk's state in the scratch of split tiles; −1: not split, finish at once
+  std::int64_t split;  // index of the split tile that this chunk belongs to; −1: not split, finish at once
+};
+
+struct Split {
+  Work tile;
+  std::int64_t partial;  // offset of its first chunk's state in the scratch of split tiles
+  std::atomic<std::int32_t> left;
 };
 
 constexpr int padded(int E) { return (E + kLanes - 1) / kLanes * kLanes; }
@@ -31,8 +41,7 @@ class Driver {
     work_count_ = split_count_ = 0;
     partial_floats_ = 0;
     for_each_tile([&](const Work& tile) { place(tile); });
-    OCTAVO_TRY(parallel.run(work_count_, [this](std::size_t i, std::size_t lane) { attend_tile(work_[i], lane); }));
-    return parallel.run(split_count_, [this](std::size_t i, std::size_t) { join(split_[i]); });
+    return parallel.run(work_count_, [this](std::size_t i, std::size_t lane) { attend_tile(work_[i], lane); });
   }
 
  private:
@@ -48,7 +57,7 @@ class Driver {
       for (std::int64_t n = 0; n < numbers; n += kLanes) {
         Work tile{b, n, 0, static_cast<int>(numbers - n < kLanes ? numbers - n : kLanes), 0, 0, -1};
         set_chunks(&tile);
-        for (tile.g = 0; tile.g < a_.G; ++tile.g) body(tile);
+        body(tile);
       }
     }
   }
@@ -71,30 +80,29 @@ class Driver {
   static Softmax state_at(float* p) { return {p, p + kLanes, p + 2 * kLanes}; }
 
   void count(const Work& tile) {
-    if (!splits(tile)) {
-      ++work_count_;
-      return;
-    }
-    ++split_count_;
-    work_count_ += static_cast<std::size_t>(tile.chunk1 - tile.chunk0);
-    partial_floats_ += (tile.chunk1 - tile.chunk0) * floats_of(tile.rows);
+    const std::size_t G = static_cast<std::size_t>(a_.G), chunks = static_cast<std::size_t>(tile.chunk1 - tile.chunk0);
+    work_count_ += splits(tile) ? G * chunks : G;
+    if (!splits(tile)) return;
+    split_count_ += G;
+    partial_floats_ += static_cast<std::int64_t>(G * chunks) * floats_of(tile.rows);
   }
 
-  void place(const Work& tile) {
+  void place(Work tile) {
     if (!splits(tile)) {
-      work_[work_count_++] = tile;
+      for (tile.g = 0; tile.g < a_.G; ++tile.g) work_[work_count_++] = tile;
       return;
     }
-    Work whole = tile;
-    whole.partial = partial_floats_;
-    split_[split_count_++] = whole;
-    for (std::int32_t chunk = tile.chunk0; chunk < tile.chunk1; ++chunk) {
-      Work one = tile;
-      one.chunk0 = chunk;
-      one.chunk1 = chunk + 1;
-      one.partial = partial_floats_;
-      work_[work_count_++] = one;
-      partial_floats_ += floats_of(tile.rows);
+    Work one = tile;
+    for (one.chunk0 = tile.chunk0; one.chunk0 < tile.chunk1; ++one.chunk0) {
+      one.chunk1 = one.chunk0 + 1;
+      for (one.g = 0; one.g < a_.G; ++one.g) {
+        one.split = static_cast<std::int64_t>(split_count_) + one.g;
+        work_[work_count_++] = one;
+      }
+    }
+    for (tile.g = 0; tile.g < a_.G; ++tile.g) {
+      new (&split_[split_count_++]) Split{tile, partial_floats_, {tile.chunk1 - tile.chunk0}};
+      partial_floats_ += (tile.chunk1 - tile.chunk0) * floats_of(tile.rows);
     }
   }
 
@@ -129,9 +137,11 @@ class Driver {
     Tile tile;
     ChunkView view;
     fill(w, &tile);
-    if (w.partial >= 0) {
+    if (w.split >= 0) {
+      Split& split = split_[w.split];
       a_.keys->view(w.sequence, w.g, w.chunk0, lane, &view);
-      k_.cache[a_.cache_type]->attend_chunk(tile, view, state_at(partial_ + w.partial));
+      k_.cache[a_.cache_type]->attend_chunk(tile, view, state_of(split, w.chunk0));
+      if (split.left.fetch_sub(1, std::memory_order_acq_rel) == 1) join(split);
       return;
     }
     alignas(64) float buffers[2][2 * kLanes + kLanes * kMaxHead];
@@ -145,13 +155,16 @@ class Driver {
     finish(w, state);
   }
 
-  void join(const Work& w) const {
+  Softmax state_of(const Split& split, std::int32_t chunk) const {
+    return state_at(partial_ + split.partial + (chunk - split.tile.chunk0) * floats_of(split.tile.rows));
+  }
+
+  void join(const Split& split) const {
+    const Work& w = split.tile;
     alignas(64) float buffer[2 * kLanes + kLanes * kMaxHead];
     const Softmax state = state_at(buffer);
     clear(state);
-    for (std::int32_t c = w.chunk0; c < w.chunk1; ++c) {
-      k_.merge(w.rows, a_.E, state, state_at(partial_ + w.partial + (c - w.chunk0) * floats_of(w.rows)));
-    }
+    for (std::int32_t c = w.chunk0; c < w.chunk1; ++c) k_.merge(w.rows, a_.E, state, state_of(split, c));
     finish(w, state);
   }
 
@@ -178,7 +191,7 @@ class Driver {
   const Kernels& k_;
   const int group_;
   Work* work_ = nullptr;    // everything the threads take
-  Work* split_ = nullptr;   // the tiles whose chunks were spread, to be joined
+  Split* split_ = nullptr;  // the tiles whose chunks were spread
   float* partial_ = nullptr;
   std::size_t work_count_ = 0, split_count_ = 0;
   std::int64_t partial_floats_ = 0;

@@ -55,14 +55,34 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
   }
 }
 
+// A tile with at most this many rows is decoding: what it reads comes from memory, once.
+inline constexpr int kReadingRows = 4;
+
+// Asks for the blocks of the vectors [vec, last): few rows take less time over a block than memory does to bring the next.
+OCTAVO_INLINE void prefetch_blocks(const void* const* blocks, const ChunkView& view, int vec, int last, int block_bytes) {
+  const int P = 1 << view.log2_block;
+  for (int at = vec * kLanes; at < last * kLanes; at = (at | (P - 1)) + 1) {
+    const char* block = static_cast<const char*>(blocks[at >> view.log2_block]);
+    for (int byte = 0; byte < block_bytes; byte += 64) prefetch(block + byte);
+  }
+}
+
 template <class T>
 OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk]) {
+  const bool paged = view.value_stride == tile.E && view.log2_block < kLog2Chunk;  // elsewhere a block's bytes are not its own, or a chunk is one
   for (int row = 0; row < tile.rows;) {
     const int rows = tile.rows - row < kTileRows ? tile.rows - row : kTileRows;
     with_size<kTileRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = tile_vecs(R);
       int vec = first_vec;
-      for (; vec + V <= last_vec; vec += V) score_block<T, R, V>(tile, view, row, vec, scores);
+      for (; vec + V <= last_vec; vec += V) {
+        if (R <= kReadingRows && row == 0 && paged) {
+          const int next = vec + V, after = next + V < last_vec ? next + V : last_vec;
+          prefetch_blocks(view.key, view, next, after, static_cast<int>(sizeof(T)) * tile.D << view.log2_block);
+          prefetch_blocks(view.value, view, vec, next, static_cast<int>(sizeof(T)) * tile.E << view.log2_block);
+        }
+        score_block<T, R, V>(tile, view, row, vec, scores);
+      }
       for (; vec < last_vec; ++vec) score_block<T, R, 1>(tile, view, row, vec, scores);
     });
     row += rows;

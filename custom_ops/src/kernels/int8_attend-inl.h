@@ -67,7 +67,14 @@ OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_
     with_size<kRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = vecs(R);
       int vec = first_vec;
-      for (; vec + V <= last_vec; vec += V) score_block<R, V>(tile, view, row, vec, scores);
+      for (; vec + V <= last_vec; vec += V) {
+        if (R <= kReadingRows && row == 0) {
+          const int next = vec + V, after = next + V < last_vec ? next + V : last_vec;
+          prefetch_blocks(view.key, view, next, after, static_cast<int>(int8_key_width(tile.D)) << view.log2_block);
+          prefetch_blocks(view.value, view, vec, next, static_cast<int>(int8_value_width(tile.E)) << view.log2_block);
+        }
+        score_block<R, V>(tile, view, row, vec, scores);
+      }
       for (; vec < last_vec; ++vec) score_block<R, 1>(tile, view, row, vec, scores);
     });
     row += rows;

@@ -16,6 +16,7 @@ using Mask = __mmask16;
 inline constexpr int kTileRows = 8;
 constexpr int tile_vecs(int rows) { return rows <= 4 ? 4 : 2; }
 
+OCTAVO_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 OCTAVO_INLINE void convert(float value, float* out) { *out = value; }
 OCTAVO_INLINE void convert(float value, Half* out) { out->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 OCTAVO_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

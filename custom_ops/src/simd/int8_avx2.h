@@ -16,7 +16,6 @@ struct Ints {
   __m256i a, b;
 };
 
-OCTAVO_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 OCTAVO_INLINE __m256i broadcast_quad(const void* p) {
   std::int32_t quad;
   __builtin_memcpy(&quad, p, 4);

@@ -15,7 +15,6 @@ using namespace octavo::avx512;
 
 using Ints = __m512i;
 
-OCTAVO_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 OCTAVO_INLINE __m512i broadcast_quad(const void* p) {
   std::int32_t quad;
   __builtin_memcpy(&quad, p, 4);

@@ -22,7 +22,6 @@ struct Signed {
 inline constexpr int kRows = 4;
 constexpr int vecs(int) { return 1; }
 
-OCTAVO_INLINE void prefetch(const void*) {}
 OCTAVO_INLINE Ints broadcast_int(std::int32_t value) {
   Ints r;
   for (int i = 0; i < kLanes; ++i) r.x[i] = value;

@@ -57,6 +57,7 @@ OCTAVO_INLINE Half to_half(float value) {
   }
   return Half{static_cast<std::uint16_t>(sign | out)};
 }
+OCTAVO_INLINE void prefetch(const void*) {}
 OCTAVO_INLINE void convert(float value, float* out) { *out = value; }
 OCTAVO_INLINE void convert(float value, Half* out) { *out = to_half(value); }
 OCTAVO_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
