@@ -93,7 +93,7 @@ def compile_(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here.")] = 32,
     quantizer: Annotated[str, typer.Option(help="How they are rounded: search, rtn, hqq.")] = "search",
     activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups) or fp32.")] = "int8",
-    kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, or none (no cache).")] = "auto",
+    kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, or none (no cache).")] = "auto",
     masking: Annotated[str, typer.Option(help="auto: what the mask is proved to mean; causal, none: assert it.")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,
     paged: Annotated[bool, typer.Option("--paged/--no-paged", help="Page the cache, or keep the exporter's past and present.")] = True,

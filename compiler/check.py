@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,8 +32,10 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from ..errors import OptionError, UnsupportedError
 from ..models.artifact import GRAPH, Artifact, ArtifactWriter
 from ..models.external_data import source_sha256
+from ..models.interface import GraphPort
 from ..models.onnx_reader import read_onnx
 from ..models.runner import Runner
+from ..models.spec import CacheLayer
 from ..passes.normalize import FoldDequantize
 from .check_cases import CASES, LONG, Case, Rows, Tokens, tokens_for
 from .check_inputs import seeded_inputs
@@ -191,12 +193,12 @@ def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
         for attribute in node.attribute:
             if node.op_type == "QuantLinear" and attribute.name == "activation_bits":
                 attribute.i = 32
-    caches = {port.name for port in manifest.interface.inputs if port.role in ("cache_key", "cache_value")}
-    for value in model.graph.input:
-        if value.name in caches:
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    ports = tuple(replace(port, dtype="float32") if port.name in caches else port for port in manifest.interface.inputs)
     layers = tuple(replace(layer, cache="fp32") for layer in spec.cache_layers)
+    ports = tuple(_exact_port(port, layers) for port in manifest.interface.inputs)
+    shapes = {port.name: port.shape for port in ports if port.role in ("cache_key", "cache_value")}
+    for value in model.graph.input:
+        if value.name in shapes:
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shapes[value.name]))
     with ArtifactWriter(folder) as writer:
         for name in manifest.files:
             shutil.copyfile(artifact.folder / name, writer.folder / name)
@@ -207,6 +209,16 @@ def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
 
 def _multiplies_in_int8(artifact: Artifact) -> bool:
     return any(decision.feature == "activations" and decision.value == "int8" for decision in artifact.manifest.decisions)
+
+
+def _exact_port(port: GraphPort, layers: Sequence[CacheLayer]) -> GraphPort:
+    """A cache input as of fp32 caches; another one as it is."""
+    if port.role not in ("cache_key", "cache_value"):
+        return port
+    assert port.layer is not None
+    layer = layers[port.layer]
+    shape = ("N", layer.kv_heads, layer.head_size, "P") if port.role == "cache_key" else ("N", layer.kv_heads, "P", layer.value_size)
+    return replace(port, dtype="float32", shape=shape)
 
 
 def dequantized(source: Path, folder: Path) -> Path:

@@ -17,10 +17,10 @@ _KINDS: dict[Kind, str] = {
 
 
 def decide(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
-    """Enters the decisions. RefusedError where fp16 was asked for by name and the kind can't have it."""
-    if options.kv_cache == "fp16" and rewritten.kind != "paged":
+    """Enters the decisions. RefusedError where fp16 or int8 was asked for by name and the kind can't have it."""
+    if options.kv_cache in ("fp16", "int8") and rewritten.kind != "paged":
         raise RefusedError(
-            f"kv_cache='fp16' was asked for, and this model becomes {rewritten.kind}, whose cache is fp32",
+            f"kv_cache={options.kv_cache!r} was asked for, and this model becomes {rewritten.kind}, whose cache is fp32",
             hint='use kv_cache="auto", and see the refusals with octavo inspect',
         )
     ledger.decide("kind", rewritten.kind, _KINDS[rewritten.kind])

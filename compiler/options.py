@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from ..errors import OptionError
 from ..passes.linears.precision import Precision
 
-KVCache = Literal["auto", "fp32", "fp16"]
+KVCache = Literal["auto", "fp32", "fp16", "int8"]
 Masking = Literal["auto", "causal", "none"]
 Activations = Literal["int8", "fp32"]
 Quantizer = Literal["rtn", "search", "hqq"]
@@ -26,7 +26,7 @@ class CompileOptions:
     group_size       32, 64 or 128 inputs share a scale, in weights that are quantized here.
     quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points).
     activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
-    kv_cache         "fp32", "fp16", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
+    kv_cache         "fp32", "fp16", "int8", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
                      An explicit format that the resulting kind can't have is an error, never a silent other one.
     paged            True: token-flat paged attention when every site allows it. False: the exporter's own past/present with stock GroupQueryAttention.
     flash_attention  True: `FlashAttention` in stateless graphs where a site was matched. False: the graph's own attention. Says nothing about `paged`.

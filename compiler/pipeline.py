@@ -215,7 +215,7 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     if ahead is not None:
         ledger.decide("paged", "off", f"{meaning(ahead.mask)}: tokens see later ones", ahead.name)
         return None
-    cache: CacheName = "fp32" if options.kv_cache == "fp32" else "fp16"
+    cache: CacheName = options.kv_cache if options.kv_cache in ("fp32", "int8") else "fp16"
     plan = plan_token_flat(
         understood.observation, understood.sites, max_context=understood.max_context, caches=[cache] * len(understood.sites),
     )

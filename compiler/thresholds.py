@@ -19,8 +19,13 @@ class Limits:
 
 # Against the source with fp32 weights and no fusions. fp32 cache: both sides compute the same sums in another order; a logit is off by
 # about ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limits leave a factor of seven. fp16 cache: keys and values are
-# rounded to 2⁻¹¹ once; a mean KL of 1e-5 is what is promised for it.
-_TIGHT: dict[CacheName, Limits] = {"fp32": Limits(relative=1e-4, mean_kl=1e-8), "fp16": Limits(relative=1e-2, mean_kl=1e-5)}
+# rounded to 2⁻¹¹ once; a mean KL of 1e-5 is what is promised for it. int8 cache: 127 steps of a head's largest element, for queries and
+# probabilities too; a mean KL of 1e-3 on text is promised, and the tokens of the check need not be text.
+_TIGHT: dict[CacheName, Limits] = {
+    "fp32": Limits(relative=1e-4, mean_kl=1e-8),
+    "fp16": Limits(relative=1e-2, mean_kl=1e-5),
+    "int8": Limits(relative=0.1, mean_kl=1e-2),
+}
 
 # Against the source as it stands. Where its weights are quantized, onnxruntime may multiply them in int8: its error then is larger than
 # ours, and the limits are those of int8 activations. Else only its fusions lie between the two sides, and the tight limits hold.
@@ -32,8 +37,9 @@ _TOP1 = 0.98
 
 
 def tight(spec: ModelSpec | None) -> Limits:
-    """The limits that decide, by what the cache stores."""
-    return _TIGHT["fp16" if spec and any(layer.cache == "fp16" for layer in spec.cache_layers) else "fp32"]
+    """The limits that decide, by the coarsest format that a cache layer has."""
+    formats = {layer.cache for layer in spec.cache_layers} if spec else set()
+    return next(limits for cache, limits in reversed(_TIGHT.items()) if cache in formats or cache == "fp32")
 
 
 def quality_thresholds(spec: ModelSpec | None, *, quantized: bool, rounded: bool = False) -> dict[str, float]:

@@ -195,7 +195,8 @@ def paged_attention(
         if slot_mapping[t] < 0:
             slot_of_row[t] = _slot(block_table[sequence[t]], position[t], P)
             continue
-        cache.append(*divmod(int(slot_mapping[t]), P), k[t], v[t])
+        block, slot = divmod(int(slot_mapping[t]), P)
+        cache.append(block, slot, k[t], v[t])
 
     output = np.zeros((T, H, v.shape[2]), np.float32)
     for t in range(T):

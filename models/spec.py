@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["paged", "contiguous", "stateless", "baseline"]
-CacheName = Literal["fp32", "fp16"]
+CacheName = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,18 @@ class TokenFlatInputs:
         groups = list(dict.fromkeys(kinds))
         layers = tuple(CacheLayer(groups.index(kind), *kind[1:]) for kind in kinds)
         i32, i64 = ir.DataType.INT32, ir.DataType.INT64
-        stored = [ir.DataType.from_numpy(np.dtype(CACHE_FORMATS[layer.cache].dtype)) for layer in layers]
-        sized = list(enumerate(zip(layers, stored)))
+        formats = [CACHE_FORMATS[layer.cache] for layer in layers]
+        stored = [ir.DataType.from_numpy(np.dtype(cache.dtype)) for cache in formats]
+        key_shapes: list[list[int | str]] = [["N", layer.kv_heads, cache.key_width(layer.head_size), "P"] for layer, cache in zip(layers, formats)]
+        value_shapes: list[list[int | str]] = [["N", layer.kv_heads, "P", cache.value_width(layer.value_size)] for layer, cache in zip(layers, formats)]
         return TokenFlatInputs(
             graph_input("input_ids", i64, [1, "T"]), graph_input("position_ids", i64, [1, "T"]),
             graph_input("cumulative_sequence_length", i32, ["B+1"]), graph_input("past_seqlens", i32, ["B"]),
             graph_input("logit_rows", i64, ["R"]), graph_input("parent", i32, ["T"]),
             tuple(graph_input(f"block_table.{g}", i32, ["B", "M"]) for g in range(len(groups))),
             tuple(graph_input(f"slot_mapping.{g}", i32, ["T"]) for g in range(len(groups))),
-            tuple(graph_input(f"kv.{i}.key", dtype, ["N", layer.kv_heads, layer.head_size, "P"]) for i, (layer, dtype) in sized),
-            tuple(graph_input(f"kv.{i}.value", dtype, ["N", layer.kv_heads, "P", layer.value_size]) for i, (layer, dtype) in sized),
+            tuple(graph_input(f"kv.{i}.key", dtype, shape) for i, (dtype, shape) in enumerate(zip(stored, key_shapes))),
+            tuple(graph_input(f"kv.{i}.value", dtype, shape) for i, (dtype, shape) in enumerate(zip(stored, value_shapes))),
             layers, tuple(CacheGroup(kind[0]) for kind in groups),
         )
 

@@ -67,6 +67,7 @@ def test_compile_json_is_the_report(octavo_cli, tmp_path):
 
 @pytest.mark.parametrize("arguments, feature, value", [
     (["--kv-cache", "fp16"], "kv_cache", "fp16"),
+    (["--kv-cache", "int8"], "kv_cache", "int8"),
     (["--kv-cache", "fp32"], "kv_cache", "fp32"),
     (["--kv-cache", "none"], "kv_cache", "False"),
     (["--no-paged"], "paged", "False"),

@@ -52,7 +52,7 @@ def plan_blocks(spec: ModelSpec, block_size: int, *, memory: int | None, model_b
     if count < 1:
         raise CapacityError(
             f"no block of the cache fits: {reason} is {max(count, 0)}",
-            hint=f"memory= must be {model_bytes + size:,} bytes or more; a smaller block_size or an fp16 cache needs less",
+            hint=f"memory= must be {model_bytes + size:,} bytes or more; a smaller block_size or an fp16 or int8 cache needs less",
         )
     return Budget(count, size, reason)
 

@@ -1,6 +1,7 @@
 """The arrays behind the blocks: one key and one value cache per cache layer, bound as graph inputs that the kernels write in place.
 
-`kv.{i}.key` is (N, G, D, P) and `kv.{i}.value` (N, G, P, E), in the type of the layer's cache format (custom_ops/contract.py).
+`kv.{i}.key` is (N, G, D, P) and `kv.{i}.value` (N, G, P, E), in the type and with the widths of the layer's cache format
+(custom_ops/contract.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from ...models.spec import ModelSpec
 from .tables import Copy
 
 
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Zeros from a multiple of 64 bytes on, so that no vector load of a kernel lies across two cache lines."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 class BlockStore:
     """Caches of N blocks for every layer of `spec`, zeroed; the operating system gives pages when they are first written."""
 
@@ -25,8 +34,8 @@ class BlockStore:
         for layer in spec.cache_layers:
             cache = CACHE_FORMATS[layer.cache]
             dtype = np.dtype(cache.dtype)
-            self.keys.append(np.zeros(cache.key_shape(num_blocks, layer.kv_heads, layer.head_size, block_size), dtype))
-            self.values.append(np.zeros(cache.value_shape(num_blocks, layer.kv_heads, layer.value_size, block_size), dtype))
+            self.keys.append(_aligned_zeros(cache.key_shape(num_blocks, layer.kv_heads, layer.head_size, block_size), dtype))
+            self.values.append(_aligned_zeros(cache.value_shape(num_blocks, layer.kv_heads, layer.value_size, block_size), dtype))
         self._layers_of = [[i for i, layer in enumerate(spec.cache_layers) if layer.group == g] for g in range(len(spec.cache_groups))]
 
     @property

@@ -31,19 +31,19 @@ def source(tmp_path_factory) -> Path:
 def artifacts(source, tmp_path_factory) -> dict[str, Path]:
     """Compiled once for each cache format, and not changed."""
     folder = tmp_path_factory.mktemp("artifacts")
-    for cache in ("fp32", "fp16"):
+    for cache in ("fp32", "fp16", "int8"):
         assert octavo.compile(source, folder / cache, options=octavo.CompileOptions(kv_cache=cache)).kind == "paged"
-    return {cache: folder / cache for cache in ("fp32", "fp16")}
+    return {cache: folder / cache for cache in ("fp32", "fp16", "int8")}
 
 
 # What is right passes.
 
 
-@pytest.mark.parametrize("cache", ["fp32", "fp16"])
+@pytest.mark.parametrize("cache", ["fp32", "fp16", "int8"])
 def test_an_untouched_artifact_passes(artifacts, source, cache):
     report = octavo.check(artifacts[cache], source)
     assert report.ok, report.to_text()
-    assert {result.comparison for result in report.results} == {"reference", "original", *(["rewrite"] if cache == "fp16" else [])}
+    assert {result.comparison for result in report.results} == {"reference", "original", *(["rewrite"] if cache != "fp32" else [])}
     cases = [result.case for result in report.results if result.comparison == "reference"]
     assert cases == [
         "predict", "prefill", "chunks of 1", "chunks of 7", "decode over a past", "mixed batch", "after fork", "after truncate",
@@ -176,8 +176,9 @@ def _one_scale_off_by_a_thousandth(model: onnx.ModelProto) -> None:
     next(a for a in _attentions(model)[0].attribute if a.name == "scale").f *= 1.001
 
 
-def test_a_fault_below_what_fp16_caches_round_is_seen_with_fp32_caches(artifacts, source, tmp_path):
-    report = octavo.check(_broken(artifacts["fp16"], tmp_path / "art", _one_scale_off_by_a_thousandth), source)
+@pytest.mark.parametrize("cache", ["fp16", "int8"])
+def test_a_fault_below_what_caches_round_is_seen_with_fp32_caches(artifacts, source, tmp_path, cache):
+    report = octavo.check(_broken(artifacts[cache], tmp_path / "art", _one_scale_off_by_a_thousandth), source)
     by = {name: all(result.ok for result in report.results if result.comparison == name) for name in ("rewrite", "reference")}
     assert by == {"rewrite": False, "reference": True} and not report.ok, report.to_text()
 

@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str | None, dict[str, str], float]
     "default": ({}, "paged", "PagedAttention", {"paged": "on", "kv_cache": "paged", "kv_precision": "fp16", "flash_attention": "off"}, 5e-3),
     "kv_cache fp32": ({"kv_cache": "fp32"}, "paged", "PagedAttention", {"kv_precision": "fp32"}, 1e-5),
     "kv_cache fp16": ({"kv_cache": "fp16"}, "paged", "PagedAttention", {"kv_precision": "fp16"}, 5e-3),
+    "kv_cache int8": ({"kv_cache": "int8"}, "paged", "PagedAttention", {"kv_precision": "int8"}, 0.1),
     "kv_cache False": ({"kv_cache": False}, "stateless", "FlashAttention", {"kv_cache": "off", "paged": "off", "flash_attention": "on"}, 1e-5),
     "no cache, no flash": ({"kv_cache": False, "flash_attention": False}, "stateless", "Attention", {"flash_attention": "off"}, 1e-5),
     "paged False": ({"paged": False}, "contiguous", "GroupQueryAttention", {"paged": "off", "kv_cache": "contiguous", "kv_precision": "fp32"}, 1e-5),

@@ -71,6 +71,14 @@ def test_fp16_cache_costs_less_than_1e_5_nats(imported: Path, fp32: Path, tmp_pa
     assert 0 < kl < 1e-5
 
 
+def test_int8_cache_costs_less_than_1e_3_nats(imported: Path, fp32: Path, tmp_path: Path) -> None:
+    int8 = _compiled(imported, tmp_path, "int8")
+    rows = {path: _rows(path) for path in (fp32, int8)}
+    kl = _mean_kl(rows[fp32], rows[int8])
+    print(f"mean KL of the int8 cache to the fp32 cache over {len(rows[fp32])} rows: {kl:.2e}")
+    assert 0 < kl < 1e-3
+
+
 def _rows(artifact: Path) -> np.ndarray:
     """Logits of every row of the reference's prompts and continuations."""
     with octavo.load(artifact, options=octavo.RuntimeOptions(memory="3GiB")) as model:

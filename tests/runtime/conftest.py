@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from octavo.custom_ops import library_path
-from octavo.custom_ops.contract import CACHE_LAYOUT
+from octavo.custom_ops.contract import CACHE_FORMATS, CACHE_LAYOUT
 from octavo.errors import LibraryError
 from octavo.models.artifact import GRAPH, WEIGHTS, ArtifactWriter, Manifest, SourceRecord
 from octavo.models.external_data import source_sha256
@@ -33,7 +33,8 @@ def paged_graph(cache: str = "fp32", window: int = -1) -> onnx.ModelProto:
     c, weights = CONFIG, tiny_weights(CONFIG, 0)
     H, G, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     nodes, arrays = [], {}
-    cache_type = TensorProto.FLOAT if cache == "fp32" else TensorProto.FLOAT16
+    cache_format = CACHE_FORMATS[cache]  # type: ignore[index]
+    cache_type = helper.np_dtype_to_tensor_dtype(np.dtype(cache_format.dtype))
 
     def constant(name: str, array: np.ndarray) -> str:
         arrays[name] = np.ascontiguousarray(array)
@@ -76,8 +77,8 @@ def paged_graph(cache: str = "fp32", window: int = -1) -> onnx.ModelProto:
             ("past_seqlens", TensorProto.INT32, ["B"]), ("logit_rows", TensorProto.INT64, ["R"]), ("parent", TensorProto.INT32, ["T"]),
             *((f"block_table.{g}", TensorProto.INT32, ["B", "M"]) for g in groups),
             *((f"slot_mapping.{g}", TensorProto.INT32, ["T"]) for g in groups),
-            *((f"kv.{i}.key", cache_type, ["N", G, D, "P"]) for i in range(c["num_hidden_layers"])),
-            *((f"kv.{i}.value", cache_type, ["N", G, "P", D]) for i in range(c["num_hidden_layers"])),
+            *((f"kv.{i}.key", cache_type, ["N", G, cache_format.key_width(D), "P"]) for i in range(c["num_hidden_layers"])),
+            *((f"kv.{i}.value", cache_type, ["N", G, "P", cache_format.value_width(D)]) for i in range(c["num_hidden_layers"])),
         ]
     ]
     graph = helper.make_graph(
@@ -142,7 +143,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def paths(source: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One path per kind, and `paged_fp16`, `paged_hybrid` (two KV groups, the second with a window of 24)."""
+    """One path per kind, and `paged_fp16`, `paged_int8`, `paged_hybrid` (two KV groups, the second with a window of 24)."""
     from octavo.models.roles import guess_interface
 
     root = tmp_path_factory.mktemp("artifacts")
@@ -158,7 +159,7 @@ def paths(source: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     paged = {
         name: write_artifact(root / name, "paged", paged_graph(cache, window), interface=nothing, source=source,
                              model_spec=spec(cache, window))
-        for name, cache, window in (("paged", "fp32", -1), ("paged_fp16", "fp16", -1), ("paged_hybrid", "fp32", 24))
+        for name, cache, window in (("paged", "fp32", -1), ("paged_fp16", "fp16", -1), ("paged_int8", "int8", -1), ("paged_hybrid", "fp32", 24))
     }
     return SimpleNamespace(
         **paged,
@@ -196,7 +197,7 @@ def small_paged(paths: SimpleNamespace, blocks: int, name: str = "paged", **opti
     from octavo.runtime.kv.budget import block_bytes
 
     folder = getattr(paths, name)
-    cache, window = ("fp16" if name == "paged_fp16" else "fp32"), (24 if name == "paged_hybrid" else -1)
+    cache, window = {"paged_fp16": "fp16", "paged_int8": "int8"}.get(name, "fp32"), (24 if name == "paged_hybrid" else -1)
     memory = (folder / GRAPH).stat().st_size + blocks * block_bytes(spec(cache, window), 16)
     return load(folder, options=RuntimeOptions(threads=1, block_size=16, memory=memory, **options))
 

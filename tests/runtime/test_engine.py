@@ -127,7 +127,7 @@ def test_hybrid_groups_have_tables_of_their_own(tools, paths, op_library):
 
 
 def test_memory_figures(tools, paths, op_library):
-    for name, itemsize in (("paged", 4), ("paged_fp16", 2)):
+    for name, itemsize in (("paged", 4), ("paged_fp16", 2), ("paged_int8", 1.25)):     # int8: a scale of 4 bytes for 16
         with tools.small_paged(paths, 10, name=name) as model:
             stats = model.stats()
             assert stats["blocks_total"] == 10
@@ -140,6 +140,17 @@ def test_fp16_caches_are_near(tools, paths, op_library, alone):
         p = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (expected, got)]
         assert np.abs(got - expected).max() > 0
         assert (p[0] * np.log(p[0] / p[1])).sum(-1).mean() < 1e-5
+
+
+def test_int8_caches_are_near_and_forks_keep_their_bits(tools, paths, op_library, alone):
+    with tools.small_paged(paths, 24, name="paged_int8") as model, model.begin_session() as session:
+        got, expected = model.predict(PROMPTS[2]), alone[2][0]
+        assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+        first = session.new_sequence()
+        first.append(PROMPTS[2][:-2])
+        second = first.fork()           # shares a block that both go on writing: it is copied, scales and all
+        second.append([1, 2])
+        assert first.append(PROMPTS[2][-2:], rows="all").tobytes() == got[-2:].tobytes()
 
 
 # --- not enough room ----------------------------------------------------------------------------------------------------------
