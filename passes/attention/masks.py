@@ -170,8 +170,8 @@ class MaskProver:
 
     def _key(self, source: MaskSource) -> str:
         spelled = (
-            source.heads, source.is_causal, source.cached_in_op, source.sinks, [self._prints.of(guard) for guard in source.guards], None if source.operand is None else self._prints.of(source.operand),
-            None if source.chain is None else self._prints.chain(source.chain),
+            source.heads, source.is_causal, source.cached_in_op, source.sinks, [self._prints.of(guard) for guard in source.guards],
+            None if source.operand is None else self._prints.of(source.operand), None if source.chain is None else self._prints.chain(source.chain),
         )
         return hashlib.sha256(repr(spelled).encode()).hexdigest()
 
