@@ -183,7 +183,10 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     read = _at_their_word(observation, anchors) if options.flash_attention else {}
     direct = tuple(site for site in read.values() if isinstance(site, DirectSite))
     taken = {site.name for site in direct}
-    told = tuple(item for refusal in refusals if refusal.where not in taken for item in dict.fromkeys((refusal, read.get(refusal.where, refusal))))
+    told = tuple(
+        item for refusal in refusals if refusal.where not in taken
+        for item in dict.fromkeys((refusal, read.get(refusal.where, refusal))) if isinstance(item, Refusal)
+    )
     seconds = perf_counter() - start
     notes = tuple(f"{refusal}: taken as it is" for refusal in refusals if refusal.where in taken)
     ledger.enter(Outcome("match_attention", "sites", len(found), 0, told, notes, nodes_before=nodes, nodes_after=nodes, seconds=seconds))

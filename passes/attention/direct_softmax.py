@@ -64,8 +64,8 @@ def read_direct_softmax(node: ir.Node, lab: Laboratory, name: str) -> DirectSite
     if isinstance(read, str):
         return Refusal("what happens to the scores is not understood", name, f"scores: {read}")
     output, layout = _end(product.outputs[0], len(s))
-    scale, *traced = traced_operands(lab, read.scale, *operands)
-    return DirectSite(name, *traced, scale, read.softcap, read.mask, output, layout)
+    scale, traced_query, traced_key, traced_value = traced_operands(lab, read.scale, *operands)
+    return DirectSite(name, traced_query, traced_key, traced_value, scale, read.softcap, read.mask, output, layout)
 
 
 def _back_to_product(observation: Observation, scores: ir.Value) -> list[_Step] | None:

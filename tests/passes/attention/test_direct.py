@@ -181,14 +181,18 @@ def test_a_cache_stays_where_another_sequence_is_attended_to(tmp_path: Path) -> 
     states = Add(flat, crossed)
     """).replace("    out = Reshape(back, join)", "    crossed = Reshape(back, join)").replace("states =", "out =")
     text = text.replace("encoder_attention_mask) =>", "encoder_attention_mask, float[b,4,p,8] past_0_key, float[b,4,p,8] past_0_value) =>")
-    ids = {"float[b,s,32] words": "int64[b,s] input_ids", "<int64[4] split": "<float[8,32] rows = {ROWS}, int64[4] split", "{\n    q4": "{\n    words = Gather(rows, input_ids)\n    q4"}
+    ids = {
+        "float[b,s,32] words": "int64[b,s] input_ids", "<int64[4] split": "<float[8,32] rows = {ROWS}, int64[4] split",
+        "{\n    q4": "{\n    words = Gather(rows, input_ids)\n    q4",
+    }
     for old, new in ids.items():
         text = text.replace(old, new)
     proto = onnx.parser.parse_model(text.replace("ROWS", ", ".join(map(str, np.random.default_rng(4).standard_normal(256).round(3)))))
     report = octavo.compile(proto, tmp_path / "out")
     ops = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
     assert report.kind == "stateless" and ops.count("FlashAttention") == 2, report.to_text()
-    given = {"input_ids": np.arange(10).reshape(2, 5) % 8, **feeds(), **{f"past_0_{kind}": np.random.default_rng(9).standard_normal((2, 4, 3, 8), np.float32) for kind in ("key", "value")}}
+    past = {f"past_0_{kind}": np.random.default_rng(9).standard_normal((2, 4, 3, 8), np.float32) for kind in ("key", "value")}
+    given = {"input_ids": np.arange(10).reshape(2, 5) % 8, **feeds(), **past}
     del given["words"]
     want = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, given)
     with octavo.load(tmp_path / "out") as model:
