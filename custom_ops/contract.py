@@ -188,8 +188,8 @@ PAGED_ATTENTION = OpContract(
 
 A row's position is `past_seqlens[b] + depth`, depth 0 for a row whose parent is −1, else its parent's depth + 1. It sees the cached
 positions [0, past), its ancestors in this step, and itself, less what a window or the start of its chunk hides. Where `cos_cache` is given,
-q and k are rotated by position first; keys are cached rotated. Keys and values are always read as stored (rounded to the cache's type), this step's own too. Rows
-whose slot is −1 are not written: their key and value are read from the slot of their position, which must hold them already.
+q and k are rotated by position first; keys are cached rotated. Keys and values are always read as stored (rounded to the cache's type), this step's own too.
+Rows whose slot is −1 are not written: their key and value are read from the slot of their position, which must hold them already.
 All keys of a row are reduced in order of position, in chunks of CHUNK, as if each ancestor lay in the slot of its position.
 
 An int8 cache has its own arithmetic, the same in prefill and decode. After rotation, and where D is a power of two, q and k are multiplied by

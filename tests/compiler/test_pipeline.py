@@ -46,9 +46,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], str, str | None, dict[str, str], float]
     "no cache, no flash": ({"kv_cache": False, "flash_attention": False}, "stateless", "Attention", {"flash_attention": "off"}, 1e-5),
     "paged False": ({"paged": False}, "contiguous", "GroupQueryAttention", {"paged": "off", "kv_cache": "contiguous", "kv_precision": "fp32"}, 1e-5),
     "flash False": ({"flash_attention": False, "kv_cache": "fp32"}, "paged", "PagedAttention", {"paged": "on"}, 1e-5),
-    "weights int8": ({"weights": "int8", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "int8"}, 0.07),
+    "weights int8": ({"weights": "int8", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "int8"}, 0.15),
     "weights int8, fp32 activations": (
-        {"weights": "int8", "activations": "fp32", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "fp32"}, 0.05,
+        {"weights": "int8", "activations": "fp32", "kv_cache": "fp32"}, "paged", "PagedAttention", {"weights": "int8", "activations": "fp32"}, 0.1,
     ),
     "weights int4": ({"weights": "int4", "kv_cache": "fp32", "quantizer": "rtn"}, "paged", "PagedAttention", {"weights": "int4"}, 0.8),
     "weights by layer": (
