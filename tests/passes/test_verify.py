@@ -71,7 +71,7 @@ def test_a_right_one() -> None:
     ("num_heads = 2,", "num_heads = 2, scale = 1,", "attribute scale is no float"),
     ("num_heads = 2, kv_num_heads = 1", "num_heads = 2, kv_num_heads = 3", "2 heads over 3"),
     (", past_seqlens,\n", ", ,\n", "input past_seqlens is absent"),
-    ("slot_mapping_0, , ,", "slot_mapping_0, , h,", "input q_norm_weight has no meaning yet"),
+    ("slot_mapping_0, , , , ,", "slot_mapping_0, , , , h,", "input k_scale has no meaning yet"),
     ("int32[T] parent", "int64[T] parent", "input parent is int64"),
     ("a = ai", "b = com.microsoft.MultiHeadAttention<num_heads = 2>(h, h, h) a = ai", "an attention is left"),
 ])
