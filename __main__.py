@@ -93,7 +93,7 @@ def compile_(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here.")] = 32,
     quantizer: Annotated[str, typer.Option(help="How they are rounded: search, rtn, hqq.")] = "search",
     activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups) or fp32.")] = "int8",
-    kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, or none (no cache).")] = "auto",
+    kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, none (no cache), or by layer: '0-1=fp16,*=int8'.")] = "auto",
     masking: Annotated[str, typer.Option(help="auto: what the mask is proved to mean; causal, none: assert it.")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,
     paged: Annotated[bool, typer.Option("--paged/--no-paged", help="Page the cache, or keep the exporter's past and present.")] = True,
@@ -110,7 +110,7 @@ def compile_(
     from . import CompileOptions, compile
 
     chosen: dict[str, Any] = {"weights": _weights(weights), "group_size": group_size, "quantizer": quantizer, "activations": activations}
-    chosen |= {"kv_cache": False if kv_cache == "none" else kv_cache, "masking": masking, "max_context": max_context}
+    chosen |= {"kv_cache": _kv_cache(kv_cache), "masking": masking, "max_context": max_context}
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with _working(f"compiling {source}"):
         report = compile(source, out, options=options)
@@ -126,6 +126,16 @@ def _weights(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise OptionError(f"--weights is no JSON object: {error}", hint='for example --weights \'{"head": "int8", "*": "int4"}\'') from None
+
+
+def _kv_cache(text: str) -> Any:
+    """A format, False for "none", or the map of layers that `0-1=fp16,*=int8` spells."""
+    if "=" not in text:
+        return False if text == "none" else text
+    pairs = [part.strip().partition("=")[::2] for part in text.split(",")]
+    if len(dict(pairs)) != len(pairs):
+        raise OptionError(f"--kv-cache {text}: a range is given twice")
+    return dict(pairs)
 
 
 @app.command(epilog="Example: octavo check art/ --against plain/model.onnx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..errors import RefusedError
 from ..models.spec import Kind
 from .ledger import Ledger
@@ -18,7 +20,7 @@ _KINDS: dict[Kind, str] = {
 
 def decide(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
     """Enters the decisions. RefusedError where fp16 or int8 was asked for by name and the kind can't have it."""
-    if options.kv_cache in ("fp16", "int8") and rewritten.kind != "paged":
+    if {"fp16", "int8"} & set(options.cache_formats.values()) and rewritten.kind != "paged":
         raise RefusedError(
             f"kv_cache={options.kv_cache!r} was asked for, and this model becomes {rewritten.kind}, whose cache is fp32",
             hint='use kv_cache="auto", and see the refusals with octavo inspect',
@@ -55,7 +57,9 @@ def _weights(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> N
 
 def _paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> None:
     assert rewritten.spec is not None, "a paged model has a spec"
-    formats = ", ".join(sorted({layer.cache for layer in rewritten.spec.cache_layers}))
+    layers = rewritten.spec.cache_layers
+    counts = Counter(layer.cache for layer in layers)
+    formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} ({counts[name]} of {len(layers)} layers)" for name in sorted(counts))
     asked = f"kv_cache={options.kv_cache!r} was asked for"
     ledger.decide("paged", "on", f"all {len(ledger.sites)} sites page, and no token sees another outside them")
     ledger.decide("kv_cache", "paged", "blocks, updated in place")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ..errors import OptionError
+from ..models.spec import CacheName
+from ..passes.cache_formats import check_formats
 from ..passes.linears.precision import Precision
 
 KVCache = Literal["auto", "fp32", "fp16", "int8"]
@@ -27,6 +29,7 @@ class CompileOptions:
     quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points).
     activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
     kv_cache         "fp32", "fp16", "int8", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
+                     Or a map of layers, read in order: {"0-1": "fp16", "*": "int8"}; layers that none names are fp16.
                      An explicit format that the resulting kind can't have is an error, never a silent other one.
     paged            True: token-flat paged attention when every site allows it. False: the exporter's own past/present with stock GroupQueryAttention.
     flash_attention  True: `FlashAttention` in stateless graphs where a site was matched. False: the graph's own attention. Says nothing about `paged`.
@@ -41,7 +44,7 @@ class CompileOptions:
     group_size: int = 32
     quantizer: Quantizer = "search"
     activations: Activations = "int8"
-    kv_cache: KVCache | Literal[False] = "auto"
+    kv_cache: KVCache | Literal[False] | Mapping[str, CacheName] = "auto"
     paged: bool = True
     flash_attention: bool = True
     masking: Masking = "auto"
@@ -50,8 +53,10 @@ class CompileOptions:
     tune: bool = False
 
     def __post_init__(self) -> None:
-        if self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
-            raise OptionError(f"kv_cache={self.kv_cache!r} is not one of {_listed(KVCache)} or False")
+        if isinstance(self.kv_cache, Mapping):
+            check_formats(self.kv_cache)
+        elif self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
+            raise OptionError(f"kv_cache={self.kv_cache!r} is not one of {_listed(KVCache)}, False or a map of layers")
         for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer)):
             if getattr(self, name) not in get_args(known):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {_listed(known)}")
@@ -72,12 +77,20 @@ class CompileOptions:
         return self.weights if isinstance(self.weights, Mapping) else {"*": self.weights}
 
     @property
+    def cache_formats(self) -> Mapping[str, CacheName]:
+        """`kv_cache` as a map of layers; "auto" and False say nothing, which is fp16 where there is a paged cache."""
+        if isinstance(self.kv_cache, Mapping):
+            return self.kv_cache
+        return {} if self.kv_cache is False or self.kv_cache == "auto" else {"*": self.kv_cache}
+
+    @property
     def quantizes(self) -> bool:
         """Whether any linear may be stored quantized."""
         return any(precision != "fp32" for precision in self.patterns.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "weights": self.weights if isinstance(self.weights, str) else dict(self.weights)}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
 
 
 def _listed(literal: Any) -> str:

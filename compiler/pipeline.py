@@ -20,7 +20,6 @@ from onnx_ir.passes import common
 from ..errors import OptionError, RefusedError
 from ..models.interface import GraphInterface
 from ..models.onnx_reader import graph_interface
-from ..models.spec import CacheName
 from ..passes.attention.direct import DirectSite
 from ..passes.attention.direct_match import Anchors, match_direct
 from ..passes.attention.expand import ExpandAttentionOps, unequal_lengths
@@ -30,6 +29,7 @@ from ..passes.attention.lower_paged import LowerPaged
 from ..passes.attention.mask_candidates import meaning
 from ..passes.attention.match import candidates, match_anchors, refusals_of, sites_of
 from ..passes.attention.site import AttentionSite
+from ..passes.cache_formats import cache_formats
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
 from ..passes.empty_past import EmptyPast
@@ -218,10 +218,8 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     if ahead is not None:
         ledger.decide("paged", "off", f"{meaning(ahead.mask)}: tokens see later ones", ahead.name)
         return None
-    cache: CacheName = options.kv_cache if options.kv_cache in ("fp32", "int8") else "fp16"
-    plan = plan_token_flat(
-        understood.observation, understood.sites, max_context=understood.max_context, caches=[cache] * len(understood.sites),
-    )
+    caches = cache_formats(options.cache_formats, len(understood.sites))
+    plan = plan_token_flat(understood.observation, understood.sites, max_context=understood.max_context, caches=caches)
     if isinstance(plan, Refusal):
         ledger.refuse([plan])
         ledger.decide("paged", "off", plan.reason, plan.where)

@@ -70,6 +70,7 @@ def test_compile_json_is_the_report(octavo_cli, tmp_path):
     (["--kv-cache", "int8"], "kv_cache", "int8"),
     (["--kv-cache", "fp32"], "kv_cache", "fp32"),
     (["--kv-cache", "none"], "kv_cache", "False"),
+    (["--kv-cache", "0=fp32, *=int8"], "kv_cache", "{'0': 'fp32', '*': 'int8'}"),
     (["--no-paged"], "paged", "False"),
     (["--max-context", "40"], "max_context", "40"),
     (["--masking", "causal"], "masking", "causal"),

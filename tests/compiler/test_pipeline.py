@@ -77,7 +77,8 @@ def test_a_mask_that_is_not_what_was_asserted_is_an_error(tiny_onnx: Path, tmp_p
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache": "int7"}, {"kv_cache": True}, {"masking": "full"}, {"weights": "int3"}, {"weights": {"*": "int3"}}, {"group_size": 48},
+    [{"kv_cache": "int7"}, {"kv_cache": True}, {"kv_cache": {"*": "auto"}}, {"kv_cache": ["int8"]},
+     {"masking": "full"}, {"weights": "int3"}, {"weights": {"*": "int3"}}, {"group_size": 48},
      {"quantizer": "best"}, {"activations": "int4"}, {"max_context": 0}, {"max_context": True}, {"paged": 1}, {"strict": None}],
 )
 def test_options_are_validated(options: dict[str, Any]) -> None:
