@@ -24,6 +24,8 @@ class RuntimeOptions:
     block_size: 16, 32, 64, 128 or 256 token slots of a cache block. Small blocks waste less at a sequence's end, large ones need shorter
         tables. Acts on `paged` models.
     batching: True computes several sequences in one step where the kind can; False always one, first come, first served.
+    prefix_cache: True keeps the blocks of sequences that have ended, as long as nothing else needs them, for those that begin alike. Acts on
+        `paged` models.
     optimize_graph: False runs the graph node by node as it stands, without onnxruntime's fusions: to compare with, not to serve with.
     """
 
@@ -31,6 +33,7 @@ class RuntimeOptions:
     memory: int | str | None = None
     block_size: int = 32
     batching: bool = True
+    prefix_cache: bool = True
     optimize_graph: bool = True
 
     def __post_init__(self) -> None:
@@ -38,7 +41,7 @@ class RuntimeOptions:
             raise OptionError(f"threads={self.threads!r} is not in 1 … {MAX_THREADS}", hint="leave it out to use every CPU of this process")
         if self.block_size not in BLOCK_SIZES or not _is_int(self.block_size):
             raise OptionError(f"block_size={self.block_size!r} is not one of {', '.join(map(str, BLOCK_SIZES))}")
-        for name in ("batching", "optimize_graph"):
+        for name in ("batching", "prefix_cache", "optimize_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False")
         if self.memory is not None:

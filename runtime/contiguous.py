@@ -51,7 +51,7 @@ class ContiguousExecutor:
     def has_cache(self) -> bool:
         return bool(self._past)
 
-    def open(self) -> SequenceState:
+    def open(self, scope: str | None = None) -> SequenceState:
         self._num_open += 1
         return SequenceState([], self._no_past())
 
@@ -68,6 +68,9 @@ class ContiguousExecutor:
     def close(self, sequence: SequenceState) -> None:
         self._num_open -= 1
         sequence.cache, sequence.num_cached = None, 0
+
+    def adopt(self, sequence: SequenceState, limit: int) -> None:
+        pass            # each sequence has arrays of its own
 
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
         return True     # arrays are allocated as a sequence grows; an allocation that fails is a failed step

@@ -31,8 +31,8 @@ class Executor(Protocol):
     max_context: int | None
     max_cached: int | None
 
-    def open(self) -> SequenceState:
-        """A new, empty sequence."""
+    def open(self, scope: str | None = None) -> SequenceState:
+        """A new, empty sequence, which shares cached prefixes with those of its scope alone."""
         ...
 
     def fork(self, sequence: SequenceState) -> SequenceState:
@@ -40,11 +40,15 @@ class Executor(Protocol):
         ...
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
-        """Keeps at most the first `length` tokens cached. Tokens are the caller's."""
+        """Keeps at most the first `length` tokens cached; none, where a window has moved past them. Tokens are the caller's."""
         ...
 
     def close(self, sequence: SequenceState) -> None:
         """Frees all that the sequence holds."""
+        ...
+
+    def adopt(self, sequence: SequenceState, limit: int) -> None:
+        """Gives a sequence with nothing cached what is cached elsewhere of its first `limit` tokens, under the same scope; often nothing."""
         ...
 
     def reserve(self, sequence: SequenceState, stop: int) -> bool:

@@ -109,7 +109,11 @@ def _paged(manifest: Manifest, session: Any, options: RuntimeOptions, log: Decis
     )
     log.load("memory", f"{budget.num_blocks} blocks, {budget.cache_bytes:,} bytes of cache", budget.reason)
     log.load("batching", "on" if options.batching else "off", "batching=True" if options.batching else "batching=False was asked for")
-    return PagedExecutor(session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, batching=options.batching)
+    log.load("prefix_cache", "on" if options.prefix_cache else "off", f"prefix_cache={options.prefix_cache}")
+    return PagedExecutor(
+        session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, batching=options.batching,
+        prefix_cache=options.prefix_cache,
+    )
 
 
 def _contiguous(

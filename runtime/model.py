@@ -74,7 +74,8 @@ class Model:
     def stats(self) -> dict[str, int]:
         """Counters and sizes now.
 
-        blocks_total, _free, _used, _shared (of used), _reserved (of free), block_copies, cache_bytes (`paged` only); sequences (open),
+        blocks_total, _free, _cached (nobody holds them, kept for prefixes), _used, _shared (of used), _reserved, block_copies, prefix_hits,
+        prefix_hit_tokens, prefix_evictions, tokens_recomputed (before a window), cache_bytes (`paged` only); sequences (open),
         steps, tokens (computed), forks, failed_steps, preemptions, requests_waiting, requests_running; model_bytes (files).
         """
         self.check_open()

@@ -6,6 +6,7 @@ and value go, `block_table.{g}[b]` where the keys it sees lie (docs/reference/gr
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,20 @@ from .plan import Limits, SequenceState, StepPlan
 class PagedExecutor:
     """An Executor over `PagedAttention`."""
 
-    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, batching: bool) -> None:
+    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, batching: bool, prefix_cache: bool) -> None:
         self.vocab_size = spec.vocab_size
         self.max_context: int | None = spec.max_context
         self.max_cached: int | None = num_blocks * block_size
         self.limits = Limits(MAX_SEQUENCES if batching else 1, MAX_STEP_TOKENS)
-        self._tables = BlockTables(len(spec.cache_groups), num_blocks, block_size)
+        self._tables = BlockTables([group.window for group in spec.cache_groups], num_blocks, block_size, prefix_cache=prefix_cache)
         self._store = BlockStore(spec, num_blocks, block_size)
         self._feed = _Feed(session, spec, self._store, self.limits, block_size)
         self._num_open = 0
+        self._counters: Counter[str] = Counter()
 
-    def open(self) -> SequenceState:
+    def open(self, scope: str | None = None) -> SequenceState:
         self._num_open += 1
-        return SequenceState([], self._tables.open())
+        return SequenceState([], self._tables.open(scope))
 
     def fork(self, sequence: SequenceState) -> SequenceState:
         self._num_open += 1
@@ -43,13 +45,20 @@ class PagedExecutor:
         return SequenceState(list(sequence.tokens), blocks, sequence.num_cached)
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
-        sequence.num_cached = min(sequence.num_cached, length)
-        self._tables.truncate(_blocks(sequence), sequence.num_cached)
+        wanted = min(sequence.num_cached, length)
+        sequence.num_cached = self._tables.truncate(_blocks(sequence), wanted)
+        self._counters["recomputed"] += wanted - sequence.num_cached
 
     def close(self, sequence: SequenceState) -> None:
         self._num_open -= 1
         self._tables.close(_blocks(sequence))
         sequence.num_cached = 0
+
+    def adopt(self, sequence: SequenceState, limit: int) -> None:
+        assert sequence.num_cached == 0
+        sequence.num_cached = self._tables.adopt(_blocks(sequence), sequence.tokens, limit)
+        self._counters["hits"] += sequence.num_cached > 0
+        self._counters["hit_tokens"] += sequence.num_cached
 
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
         return self._tables.reserve(_blocks(sequence), sequence.num_cached, stop)
@@ -75,6 +84,7 @@ class PagedExecutor:
         for part, extension in zip(plan.slices, extensions):
             self._tables.commit(extension)
             part.sequence.num_cached = part.stop
+            self._tables.settle(_blocks(part.sequence), part.sequence.tokens, part.stop)
         ends = np.cumsum([part.num_rows for part in plan.slices])
         return [logits[end - part.num_rows : end] for part, end in zip(plan.slices, ends)]
 
@@ -83,10 +93,15 @@ class PagedExecutor:
         return {
             "blocks_total": sum(pool.num_blocks for pool in pools),
             "blocks_free": sum(pool.num_free for pool in pools),
+            "blocks_cached": sum(pool.num_cached for pool in pools),
             "blocks_used": sum(pool.num_used for pool in pools),
             "blocks_shared": sum(pool.num_shared for pool in pools),
             "blocks_reserved": sum(pool.num_reserved for pool in pools),
             "block_copies": self._tables.num_copies,
+            "prefix_hits": self._counters["hits"],
+            "prefix_hit_tokens": self._counters["hit_tokens"],
+            "prefix_evictions": sum(pool.num_evicted for pool in pools),
+            "tokens_recomputed": self._counters["recomputed"],
             "cache_bytes": self._store.nbytes,
             "sequences": self._num_open,
         }

@@ -32,6 +32,11 @@ class Request:
         """Tokens still to be computed."""
         return len(self.sequence.tokens) - self.sequence.num_cached
 
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose logits nobody wants: they need not be computed if they are cached somewhere."""
+        return self.first_row
+
     def accept(self, part: Slice, rows: Logits) -> None:
         """Takes the logits of positions [part.first_row, part.stop), a view that lasts until the next step."""
         raise NotImplementedError
@@ -109,6 +114,12 @@ class GenerateRequest(Request):
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason = "length"
         self._error = ""
+
+    @property
+    def num_reusable(self) -> int:
+        # After a preemption no row but the last is wanted again.
+        known = len(self.generation.prompt_logprobs) - 1 if self.first_row == 0 else len(self.sequence.tokens)
+        return min(known, len(self.sequence.tokens) - 1)
 
     @property
     def forks_wanted(self) -> int:

@@ -20,10 +20,11 @@ class Memory(Protocol):
     def reserve(self, sequence: SequenceState, stop: int) -> bool: ...
     def unreserve(self, sequence: SequenceState) -> None: ...
     def truncate(self, sequence: SequenceState, length: int) -> None: ...
+    def adopt(self, sequence: SequenceState, limit: int) -> None: ...
 
 
 class Schedulable(Protocol):
-    """What the scheduler knows of a request. Logits are wanted for positions ≥ `first_row`."""
+    """What the scheduler knows of a request. Logits are wanted for positions ≥ `first_row`, and for those before `num_reusable` no more."""
 
     sequence: SequenceState
     first_row: int
@@ -32,6 +33,8 @@ class Schedulable(Protocol):
 
     @property
     def num_pending(self) -> int: ...
+    @property
+    def num_reusable(self) -> int: ...
 
 
 R = TypeVar("R", bound=Schedulable)
@@ -79,7 +82,7 @@ class Scheduler(Generic[R]):
 
     def make_room(self, request: R, stop: int) -> bool:
         """Promises `request` the memory for `stop` tokens, at the cost of younger requests if need be (of any, if it is not running)."""
-        while not self._memory.reserve(request.sequence, stop):
+        while not self._reserve(request, stop):
             younger = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
             victim = next((r for r in reversed(younger) if r.preemptable), None)
             if victim is None:
@@ -114,13 +117,25 @@ class Scheduler(Generic[R]):
         starved: list[R] = []
         while self._waiting and len(self._running) < self.limits.max_sequences:
             request = self._waiting[0]
-            if self._memory.reserve(request.sequence, len(request.sequence.tokens)):
+            if self._reserve(request, len(request.sequence.tokens)):
                 self._running.append(self._waiting.popleft())
             elif self._running:
                 break       # one of them will end and free its blocks
             else:
                 starved.append(self._waiting.popleft())
         return starved
+
+    def _reserve(self, request: R, stop: int) -> bool:
+        """Promises the memory for `stop` tokens, less those that are cached already, by this sequence or another with the same beginning."""
+        sequence = request.sequence
+        fresh = sequence.num_cached == 0
+        if fresh:
+            self._memory.adopt(sequence, request.num_reusable)
+        if self._memory.reserve(sequence, stop):
+            return True
+        if fresh:
+            self._memory.truncate(sequence, 0)
+        return False
 
     def _put_off(self, request: R) -> list[R]:
         """Makes a request wait that memory lacks for; returns it where nothing else runs that could free some."""

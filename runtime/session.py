@@ -36,13 +36,15 @@ class Session:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._closed = False
 
-    def new_sequence(self) -> Sequence:
-        """An empty sequence."""
+    def new_sequence(self, *, salt: str | None = None) -> Sequence:
+        """An empty sequence. It shares cached prefixes with sequences of the same `salt` alone."""
         self._check_open()
+        if salt is not None and not isinstance(salt, str):
+            raise OptionError(f"salt={salt!r} is not a text")
         engine = self._model.engine
         with engine.turn:
             engine.collect_dropped()
-            state = engine.executor.open()
+            state = engine.executor.open(salt)
         return self._adopt(state)
 
     def append_batch(self, work: Iterable[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:

@@ -2,22 +2,33 @@
 
 Position p of a sequence lies in slot p % P of block `tables[group][p // P]`. A block that two sequences hold is never written: the writer
 gets a copy of its own first. Growth is a transaction: `extend`, then `commit` once the step has succeeded or `rollback` if not.
+
+In a group with a window, blocks that no later token can see are released, and their place in the table says −1. Full blocks are entered in
+the prefix index, if there is one, where later sequences find them (`adopt`).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from .blocks import BlockPool
+from .prefix import Node, PrefixIndex
 
 
 @dataclass(eq=False)
 class SequenceBlocks:
-    """One sequence's blocks: `tables[group][i]` covers positions [i·P, (i+1)·P). `reserved[group]` blocks are promised to it."""
+    """One sequence's blocks: `tables[group][i]` covers positions [i·P, (i+1)·P), −1 where released. `reserved[group]` are promised to it.
+
+    `scope` says whose blocks it may find in the prefix index, `chain` where it is there: a root, and the node of each full block.
+    """
 
     tables: list[list[int]]
     reserved: list[int]
+    scope: str | None = None
+    chain: list[Node] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,18 +52,51 @@ class Extension:
 
 
 class BlockTables:
-    """All sequences' tables over one pool per KV group."""
+    """All sequences' tables over one pool per KV group. `windows[group]` is how many positions a token sees, itself included (None: all)."""
 
-    def __init__(self, num_groups: int, num_blocks: int, block_size: int) -> None:
+    def __init__(self, windows: Sequence[int | None], num_blocks: int, block_size: int, *, prefix_cache: bool = False) -> None:
         self.block_size = block_size
-        self.pools = tuple(BlockPool(num_blocks) for _ in range(num_groups))
+        self.pools = tuple(BlockPool(num_blocks, partial(self._evicted, group)) for group in range(len(windows)))
         self.num_copies = 0
+        self._windows = tuple(windows)
+        self._index = PrefixIndex(self.pools, self._windows, block_size) if prefix_cache else None
         self._live: weakref.WeakSet[SequenceBlocks] = weakref.WeakSet()
 
-    def open(self) -> SequenceBlocks:
-        blocks = SequenceBlocks([[] for _ in self.pools], [0] * len(self.pools))
+    def open(self, scope: str | None = None) -> SequenceBlocks:
+        blocks = SequenceBlocks([[] for _ in self.pools], [0] * len(self.pools), scope)
+        if self._index is not None:
+            blocks.chain.append(self._index.root(scope))
         self._live.add(blocks)
         return blocks
+
+    def adopt(self, blocks: SequenceBlocks, tokens: Sequence[int], limit: int) -> int:
+        """Fills empty tables with the longest prefix of `tokens` that the index has, of at most `limit` tokens; returns its length."""
+        assert not any(blocks.tables), "only an empty sequence can adopt a prefix"
+        if self._index is None or limit <= 0:
+            return 0
+        hit = self._index.find(self._index.root(blocks.scope), tokens, limit)
+        revived = [sum(pool.is_cached(block) for block in table if block >= 0) for pool, table in zip(self.pools, hit.tables)]
+        if any(count > pool.num_available for pool, count in zip(self.pools, revived)):
+            return 0    # they are promised to others
+        for pool, table in zip(self.pools, hit.tables):
+            for block in table:
+                if block >= 0:
+                    pool.share(block)
+        blocks.tables, blocks.chain = hit.tables, hit.chain
+        return hit.length
+
+    def settle(self, blocks: SequenceBlocks, tokens: Sequence[int], length: int) -> None:
+        """After positions [0, length) are committed: enters full blocks in the index, releases those that no later token sees."""
+        if self._index is not None:
+            self._index.grow(blocks.chain, tokens, blocks.tables, length)
+        for pool, window, table in zip(self.pools, self._windows, blocks.tables):
+            if window is None:
+                continue
+            for index in range(max(0, length - window + 1) // self.block_size - 1, -1, -1):
+                if table[index] < 0:
+                    break
+                pool.free(table[index])
+                table[index] = -1
 
     def count(self, length: int) -> int:
         """Blocks that `length` positions fill, the last perhaps in part."""
@@ -92,8 +136,7 @@ class BlockTables:
                     if index == len(table):
                         table.append(self._allocate(extension, group))
                         extension.appended.append(group)
-                    elif self.pools[group].is_shared(table[index]):
-                        target = self._allocate(extension, group)
+                    elif (target := self._copy_of(extension, group, table[index])) is not None:
                         extension.copies.append(Copy(group, table[index], target))
                         extension.replaced.append((group, index))
                         table[index] = target
@@ -121,24 +164,54 @@ class BlockTables:
             blocks.reserved[group] += 1
 
     def fork(self, blocks: SequenceBlocks, length: int) -> SequenceBlocks:
-        """A second holder of the blocks of the first `length` positions."""
-        fork = self.open()
+        """A second holder of the blocks of the first `length` positions, all that are left of them."""
+        fork = self.open(blocks.scope)
+        fork.chain = blocks.chain[: length // self.block_size + 1]
         for group, table in enumerate(blocks.tables):
             fork.tables[group] = table[: self.count(length)]
             for block in fork.tables[group]:
-                self.pools[group].share(block)
+                if block >= 0:
+                    self.pools[group].share(block)
         return fork
 
-    def truncate(self, blocks: SequenceBlocks, length: int) -> None:
-        """Lets go of the blocks after the first `length` positions."""
+    def truncate(self, blocks: SequenceBlocks, length: int) -> int:
+        """Lets go of the blocks after the first `length` positions; of all, where a next token would see one that was released.
+
+        Returns how many positions are still there: `length` or 0.
+        """
+        if not all(self._sees_all(table, window, length) for table, window in zip(blocks.tables, self._windows)):
+            length = 0
         for group, table in enumerate(blocks.tables):
             while len(table) > self.count(length):
-                self.pools[group].free(table.pop())
+                if (block := table.pop()) >= 0:
+                    self.pools[group].free(block)
+        del blocks.chain[length // self.block_size + 1 :]
+        return length
 
     def close(self, blocks: SequenceBlocks) -> None:
         self.unreserve(blocks)
         self.truncate(blocks, 0)
         self._live.discard(blocks)
+
+    def _copy_of(self, extension: Extension, group: int, block: int) -> int | None:
+        """A block for a copy of one that is to be written and is somebody else's too. One that is only kept gives way where room lacks."""
+        pool = self.pools[group]
+        if pool.is_shared(block):
+            return self._allocate(extension, group)
+        if pool.is_kept(block):
+            if pool.num_available > 0:
+                return pool.allocate()
+            pool.forget(block)
+            self._evicted(group, block)
+        return None
+
+    def _sees_all(self, table: list[int], window: int | None, length: int) -> bool:
+        first = 0 if window is None else max(0, length - window + 1) // self.block_size
+        return all(block >= 0 for block in table[first : self.count(length)])
+
+    def _evicted(self, group: int, block: int) -> None:
+        assert self._index is not None, "only the index keeps blocks"
+        self._index.evicted(group, block)
 
     def _allocate(self, extension: Extension, group: int) -> int:
         promised = extension.blocks.reserved[group] > 0
@@ -149,7 +222,10 @@ class BlockTables:
         return block
 
     def check(self) -> None:
-        """Every pool's invariants against every live table."""
+        """Every pool's invariants against every live table, and the index's."""
         for group, pool in enumerate(self.pools):
-            pool.check(blocks.tables[group] for blocks in self._live)
+            held = ([block for block in blocks.tables[group] if block >= 0] for blocks in self._live)
+            pool.check(held, () if self._index is None else self._index.kept(group))
             assert pool.num_reserved == sum(blocks.reserved[group] for blocks in self._live), "promises don't fit their holders"
+        if self._index is not None:
+            self._index.check()

@@ -210,7 +210,7 @@ def check_idle(model) -> None:
     stats = model.stats()
     assert stats["requests_running"] == stats["requests_waiting"] == 0
     if "blocks_total" in stats:
-        assert stats["blocks_free"] + stats["blocks_used"] == stats["blocks_total"]
+        assert stats["blocks_free"] + stats["blocks_cached"] + stats["blocks_used"] == stats["blocks_total"]
         assert stats["blocks_reserved"] == 0
         if stats["sequences"] == 0:
             assert stats["blocks_used"] == 0

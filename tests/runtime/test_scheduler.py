@@ -15,10 +15,13 @@ class Memory:
     """The memory side of an executor, and a step that always works."""
 
     def __init__(self, blocks):
-        self.tables = BlockTables(1, blocks, 4)
+        self.tables = BlockTables([None], blocks, 4)
 
     def reserve(self, sequence, stop):
         return self.tables.reserve(sequence.cache, sequence.num_cached, stop)
+
+    def adopt(self, sequence, limit):
+        sequence.num_cached = self.tables.adopt(sequence.cache, sequence.tokens, limit)
 
     def unreserve(self, sequence):
         self.tables.unreserve(sequence.cache)
@@ -41,6 +44,8 @@ class Job:
     first_row: int = 0
     last_turn: int = -1
     seen: list = field(default_factory=list)
+
+    num_reusable = 0
 
     @property
     def num_pending(self):
