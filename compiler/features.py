@@ -62,7 +62,9 @@ def _paged(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> Non
     formats = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} ({counts[name]} of {len(layers)} layers)" for name in sorted(counts))
     asked = f"kv_cache={options.kv_cache!r} was asked for"
     ledger.decide("paged", "on", f"all {len(ledger.sites)} sites page, and no token sees another outside them")
-    ledger.decide("kv_cache", "paged", "blocks, updated in place")
+    caches, sites = len(rewritten.spec.cache_layers), len(ledger.sites)
+    shared = f"; {sites - caches} of {sites} sites read the keys and values of an earlier one" if caches < sites else ""
+    ledger.decide("kv_cache", "paged", f"blocks, updated in place{shared}")
     ledger.decide("kv_precision", formats, "auto: half the bytes of fp32" if options.kv_cache == "auto" else asked)
     ledger.decide("flash_attention", "off", "a paged model attends through PagedAttention")
 

@@ -219,6 +219,7 @@ class _Interface:
         if type(made) is not transformers.DynamicCache:
             message = f"the cache of this model is a {type(made).__name__}, not keys and values per layer"
             raise UnsupportedError(message, hint="export decoders with attention in every layer")
+        kept = [layer for layer in made.layers if layer.keys is not None]  # a layer that reads another's keys and values has none of its own
         past = _PAST if variant.with_past else 0
         rows = {0: "batch", 1: "sequence"}
         ports: dict[str, tuple[Any, dict[int, str]]] = {"input_ids": (torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64), rows)}
@@ -228,12 +229,12 @@ class _Interface:
         if variant.position_ids:
             ports["position_ids"] = (torch.arange(past, past + _SEQUENCE).repeat(_BATCH, 1), rows)
         outputs = ["logits"]
-        for i, layer in enumerate(made.layers if past else ()):
+        for i, layer in enumerate(kept if past else ()):
             for part, tensor in (("key", layer.keys), ("value", layer.values)):
                 ports[f"past_key_values.{i}.{part}"] = (tensor.clone(), {0: "batch", 2: "past_sequence"})
                 outputs.append(f"present.{i}.{part}")
         example, axes_of = zip(*ports.values())
-        return _Interface(list(ports), outputs, example, axes_of, len(made.layers))
+        return _Interface(list(ports), outputs, example, axes_of, len(kept))
 
 
 def _flat_decoder(model: Any, variant: ExportVariant, interface: _Interface) -> Any:
@@ -257,7 +258,7 @@ def _flat_decoder(model: Any, variant: ExportVariant, interface: _Interface) -> 
                 return (self.model(**feeds, use_cache=False).logits,)
             cache = transformers.DynamicCache(list(zip(past[::2], past[1::2])))
             logits = self.model(**feeds, past_key_values=cache, use_cache=True).logits
-            return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+            return (logits, *(tensor for layer in cache.layers[: interface.layers] for tensor in (layer.keys, layer.values)))
 
     return FlatDecoder().eval()
 

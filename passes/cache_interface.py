@@ -20,6 +20,7 @@ from ..models.interface import GraphInterface, GraphPort, Role
 from ..models.spec import CacheGroup, CacheLayer, CacheName, ModelSpec
 from .attention.laboratory import Laboratory
 from .attention.rotary import read_tables
+from .attention.sharing import readers_of, widest
 from .attention.site import AttentionSite
 from .build import Builder
 from .decoder_body import DecoderBody, decoder_body
@@ -35,7 +36,9 @@ Port = tuple[ir.Value, Role, int | None]
 
 @dataclass(frozen=True)
 class TokenFlatInputs:
-    """The graph inputs of a paged decoder, and what its caches are. Tuples are indexed by KV group or by cache layer."""
+    """The graph inputs of a paged decoder, and what its caches are. Tuples are indexed by KV group or by cache layer; site i has cache
+    `layer_of[i]`.
+    """
 
     input_ids: ir.Value
     position_ids: ir.Value
@@ -49,11 +52,20 @@ class TokenFlatInputs:
     values: tuple[ir.Value, ...]
     layers: tuple[CacheLayer, ...]
     groups: tuple[CacheGroup, ...]
+    layer_of: tuple[int, ...]
 
     @staticmethod
     def of(sites: Sequence[AttentionSite], caches: Sequence[CacheName]) -> TokenFlatInputs:
-        """Inputs for these sites, one cache layer each in `caches[i]` format; layers of one window, size and format make a group."""
-        kinds = [(site.mask.window, site.kv_heads, site.head_size, site.value_size, cache) for site, cache in zip(sites, caches, strict=True)]
+        """Inputs for these sites: a cache layer for each that owns one, in `caches[i]` format, which keeps what the widest window of its
+        readers sees. Layers of one window, size and format make a group.
+        """
+        assert len(caches) == len(sites)
+        shared = readers_of(sites)
+        layer_of = {index: layer for layer, places in enumerate(shared) for index in places}
+        kinds = [
+            (widest([sites[i].mask.window for i in places]), site.kv_heads, site.head_size, site.value_size, caches[places[0]])
+            for places in shared for site in (sites[places[0]],)
+        ]
         groups = list(dict.fromkeys(kinds))
         layers = tuple(CacheLayer(groups.index(kind), *kind[1:]) for kind in kinds)
         i32, i64 = ir.DataType.INT32, ir.DataType.INT64
@@ -69,7 +81,7 @@ class TokenFlatInputs:
             tuple(graph_input(f"slot_mapping.{g}", i32, ["T"]) for g in range(len(groups))),
             tuple(graph_input(f"kv.{i}.key", dtype, shape) for i, (dtype, shape) in enumerate(zip(stored, key_shapes))),
             tuple(graph_input(f"kv.{i}.value", dtype, shape) for i, (dtype, shape) in enumerate(zip(stored, value_shapes))),
-            layers, tuple(CacheGroup(kind[0]) for kind in groups),
+            layers, tuple(CacheGroup(kind[0]) for kind in groups), tuple(layer_of[index] for index in range(len(sites))),
         )
 
     def ports(self) -> tuple[Port, ...]:
@@ -170,12 +182,23 @@ def _tables(observation: Observation, sites: Sequence[AttentionSite], max_contex
         if isinstance(first, Refusal) or isinstance(second, Refusal):
             notes.append(f"rotary left in the graph: {first if isinstance(first, Refusal) else second}")
             tables.append(None)
-        elif any(not np.array_equal(a, b) for a, b in zip(first, second)):
+        elif not _equal(first, second):
             notes.append(f"rotary left in the graph: {site.name}: query and key are turned by different angles")
             tables.append(None)
         else:
             tables.append(first)
+    for places in readers_of(sites):  # whoever appends to a shared cache, the same bits go there
+        if not all(_equal(tables[i], tables[places[0]]) for i in places):
+            notes += [f"rotary left in the graph: {sites[i].name}: its keys are shared, and the query is turned otherwise" for i in places if tables[i]]
+            for i in places:
+                tables[i] = None
     return tuple(tables), tuple(dict.fromkeys(notes))
+
+
+def _equal(first: Tables | None, second: Tables | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
 class CacheInterface(ir.passes.InPlacePass):

@@ -243,6 +243,17 @@ def _gather_nd(view: View) -> TokenAxis:
     return indices
 
 
+def _scatter_nd(view: View) -> TokenAxis:
+    """Fixed places along dimensions before the tokens' are written, with rows of their own; by anything else rows are written by index."""
+    data, indices, updates, shape = *view.axes, view.shapes[1]
+    assert shape is not None
+    picked = shape[-1].factor
+    if data is None or indices is not None or data.axis < picked or updates != data.moved(data.axis - picked + len(shape) - 1):
+        raise Sideways("rows are picked or written by index, across tokens", f"data {data}, indices {indices}, updates {updates}")
+    view.constant(1)
+    return data
+
+
 def _one_scale(view: View) -> TokenAxis:
     raise Sideways("one scale over all tokens (per-tensor dynamic quantization)", "quantize weights alone, or let octavo do it")
 
@@ -315,7 +326,7 @@ ELEMENTWISE = """
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 
 # How many rows go where follows from all tokens: experts that each take some of them are written so.
-DISPATCHING = frozenset({"NonZero", "ScatterND", "Compress", "Unique"})
+DISPATCHING = frozenset({"NonZero", "Compress", "Unique"})
 
 RULES: dict[tuple[str, str], Rule] = {
     **{("", op): _elementwise for op in ELEMENTWISE},
@@ -339,6 +350,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "Einsum"): _einsum,
     ("", "Gather"): _gather,
     ("", "GatherND"): _gather_nd,
+    ("", "ScatterND"): _scatter_nd,
     ("", "DynamicQuantizeLinear"): _one_scale,
     ("", "Slice"): _slice,
     ("", "Pad"): _pad,

@@ -7,7 +7,7 @@ layer, logits [1, S, V]. Where some can't and the graph has a cache, those keep 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from ..normalize import graph_size
 from ..observe import Observation
 from ..outcome import Outcome, PassResult, Refusal
 from .layout import output_tail, replacement, tokens_last
+from .sharing import readers_of, widest
 from .site import AttentionSite
 
 DOMAIN = "com.microsoft"
@@ -28,7 +29,9 @@ DOMAIN = "com.microsoft"
 
 @dataclass(frozen=True)
 class ContiguousLayer:
-    """A site with the graph inputs and outputs of its cache: names are the exporter's where it has some."""
+    """A site with the graph inputs and outputs of its cache: names are the exporter's where it has some. One that only reads another's cache
+    (`site.owner`) has that one's, and hands nothing on.
+    """
 
     site: AttentionSite
     past_key: ir.Value
@@ -49,6 +52,10 @@ class ContiguousPlan:
     interface: GraphInterface
     spec: ModelSpec | None
     refusals: tuple[Refusal, ...]
+
+
+Grown = Sequence[tuple[ContiguousLayer, Sequence[ir.Value]]]
+"""The layers that own a cache, with the values that carry it on."""
 
 
 def inexpressible(site: AttentionSite) -> Refusal | None:
@@ -72,7 +79,7 @@ def plan_contiguous(
 ) -> ContiguousPlan | Refusal:
     """The plan for one sequence a run. `refused` counts the attentions of the graph that are no sites."""
     declined = tuple(refusal for site in sites if (refusal := inexpressible(site)) is not None)
-    pasts = [site.cache.past_key for site in sites if site.cache is not None]
+    pasts = [site.cache.past_key for site in sites if site.cache is not None and site.owner is None]
     if len(set(pasts)) != len(pasts):
         return Refusal("two attentions share one cache", str(observation.model.graph.name), "lower_contiguous: expected a past for each site")
     whole = [site.with_rotary_in_graph() for site in sites if inexpressible(site) is None]
@@ -91,18 +98,21 @@ def plan_contiguous(
 def _whole(observation: Observation, sites: Sequence[AttentionSite], body: DecoderBody, max_context: int) -> ContiguousPlan:
     ids = graph_input("input_ids", ir.DataType.INT64, [1, "S"])
     positions = graph_input("position_ids", ir.DataType.INT64, [1, "S"])
-    layers = tuple(_layer(observation, index, site) for index, site in enumerate(sites))
+    owned = [_layer(observation, index, site) for index, site in enumerate(site for site in sites if site.owner is None)]
+    by_name = {layer.site.name: layer for layer in owned}
+    layers = tuple(replace(by_name[site.owner or site.name], site=site, tail=output_tail(observation, site)) for site in sites)
     inputs: list[tuple[ir.Value, Role, int | None]] = [(ids, "input_ids", None), (positions, "position_ids", None)]
     outputs = [GraphPort("logits", "float32", (1, "S", body.vocab_size), "logits")]
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(owned):
         inputs += [(layer.past_key, "past_key", index), (layer.past_value, "past_value", index)]
         shape = (1, layer.site.kv_heads, "T", layer.site.head_size)
         outputs += [
             GraphPort(layer.present_key, "float32", shape, "present_key", index),
             GraphPort(layer.present_value, "float32", shape, "present_value", index),
         ]
-    windows = list(dict.fromkeys(site.mask.window for site in sites))
-    cache = tuple(CacheLayer(windows.index(s.mask.window), s.kv_heads, s.head_size, s.value_size, "fp32") for s in sites)
+    kept = [(sites[places[0]], widest([sites[i].mask.window for i in places])) for places in readers_of(sites)]
+    windows = list(dict.fromkeys(window for _, window in kept))
+    cache = tuple(CacheLayer(windows.index(window), s.kv_heads, s.head_size, s.value_size, "fp32") for s, window in kept)
     spec = ModelSpec(body.vocab_size, max_context, cache, tuple(CacheGroup(window) for window in windows))
     interface = GraphInterface(tuple(graph_port(*port) for port in inputs), tuple(outputs))
     return ContiguousPlan(layers, ids, body, tuple(inputs), interface, spec, ())
@@ -143,12 +153,13 @@ class LowerContiguous(ir.passes.InPlacePass):
         graph, build = model.graph, Builder(model.graph)
         with build.before(next(iter(graph))):
             lengths = self._lengths(build)
-        presents = [self._replace(build, layer, lengths) for layer in plan.layers]
+        presents = {layer.site.name: self._replace(build, layer, lengths) for layer in plan.layers}
+        grown = [(layer, presents[layer.site.name]) for layer in plan.layers if layer.site.owner is None]
         model.opset_imports.setdefault(DOMAIN, 1)
         if plan.body is not None:
-            self._own_signature(model, plan.body, presents)
+            self._own_signature(model, plan.body, grown)
         else:
-            self._same_signature(graph, presents)
+            self._same_signature(graph, grown)
         ir.passes.common.RemoveUnusedNodesPass()(model)
         after, count = graph_size(model), len(plan.layers)
         outcome = Outcome(
@@ -187,7 +198,7 @@ class LowerContiguous(ir.passes.InPlacePass):
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, site.kv_heads, "T", site.head_size])
         return presents
 
-    def _own_signature(self, model: ir.Model, body: DecoderBody, presents: Sequence[Sequence[ir.Value]]) -> None:
+    def _own_signature(self, model: ir.Model, body: DecoderBody, grown: Grown) -> None:
         graph, logits = model.graph, body.logits
         if logits.name != "logits":
             logits.name = "logits"
@@ -195,15 +206,15 @@ class LowerContiguous(ir.passes.InPlacePass):
         old = {value: f"{value.name}.old" for value in graph.outputs if value is not logits}
         for value, name in old.items():
             value.name = name
-        for layer, values in zip(self._plan.layers, presents):
+        for layer, values in grown:
             values[0].name, values[1].name = layer.present_key, layer.present_value
         graph.outputs.clear()
-        graph.outputs.extend([logits, *(value for pair in presents for value in pair)])
+        graph.outputs.extend([logits, *(value for _, pair in grown for value in pair)])
         inputs = [port[0] for port in self._plan.inputs]
         change_inputs(model, body, inputs[0], inputs[1], inputs)
 
-    def _same_signature(self, graph: ir.Graph, presents: Sequence[Sequence[ir.Value]]) -> None:
-        for layer, values in zip(self._plan.layers, presents):
+    def _same_signature(self, graph: ir.Graph, grown: Grown) -> None:
+        for layer, values in grown:
             for name, value in zip((layer.present_key, layer.present_value), values):
                 index = next(i for i, output in enumerate(graph.outputs) if output.name == name)
                 graph.outputs[index].name = f"{name}.old"

@@ -41,14 +41,15 @@ class LowerPaged(ir.passes.InPlacePass):
         return PassResult(model, True, outcome)
 
     def _attention(self, build: Builder, index: int, site: AttentionSite, tables: Tables | None) -> ir.Value:
-        inputs, layer = self._plan.inputs, self._plan.inputs.layers[index]
+        inputs, place = self._plan.inputs, self._plan.inputs.layer_of[index]
+        group = inputs.layers[place].group
         given: dict[str, ir.Value] = {
             "query": token_rows(build, site.query, site.query_layout, site.num_heads, site.head_size),
             "key": token_rows(build, site.key, site.key_layout, site.kv_heads, site.head_size),
             "value": token_rows(build, site.value, site.value_layout, site.kv_heads, site.value_size),
-            "key_cache": inputs.keys[index], "value_cache": inputs.values[index],
+            "key_cache": inputs.keys[place], "value_cache": inputs.values[place],
             "cumulative_sequence_length": inputs.cumulative_sequence_length, "past_seqlens": inputs.past_seqlens,
-            "block_table": inputs.block_tables[layer.group], "slot_mapping": inputs.slot_mappings[layer.group], "parent": inputs.parent,
+            "block_table": inputs.block_tables[group], "slot_mapping": inputs.slot_mappings[group], "parent": inputs.parent,
         }
         attributes: dict[str, int | float] = {
             "num_heads": site.num_heads, "kv_num_heads": site.kv_heads, "scale": float(site.scale), "softcap": float(site.softcap),

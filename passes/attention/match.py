@@ -21,6 +21,7 @@ from .operands import Operand, find_operand, grown_cache
 from .read_op import read_attention_op
 from .read_softmax import read_softmax
 from .rotary import Rotation
+from .sharing import share_caches
 from .site import AttentionSite, Cache, Rotary
 
 # Other domains' attention ops: known by name only, so that a graph that has them is refused and not passed over.
@@ -81,7 +82,8 @@ class _Matcher:
                 continue
             if core is not None:
                 found.append((node, self._site(core) if isinstance(core, Core) else core))
-        return tuple(found)
+        shared = iter(share_caches([item for _, item in found if isinstance(item, AttentionSite)]))
+        return tuple((node, next(shared) if isinstance(item, AttentionSite) else item) for node, item in found)
 
     def _site(self, core: Core) -> AttentionSite | Refusal:
         operands: list[Operand] = []

@@ -68,6 +68,7 @@ class AttentionSite:
     output              the value to replace, [B, H, S, E] or [B, S, …H·E] as `output_layout` says.
     scale               the factor on q·k, always explicit.
     sinks               a logit for each head that joins the softmax and carries no value; empty: none.
+    owner               the earlier site whose keys and values (and cache) these are, value for value; None: its own.
     nodes               what computes the site (for reports; dead-code elimination removes them).
     """
 
@@ -94,6 +95,7 @@ class AttentionSite:
     rotary: Rotary | None = None
     softcap: float = 0.0
     sinks: tuple[float, ...] = ()
+    owner: str | None = None
     nodes: tuple[ir.Node, ...] = ()
 
     def with_rotary_in_graph(self) -> AttentionSite:

@@ -115,6 +115,8 @@ LOCAL = {
         "i = ArgMax<axis = 2, keepdims = 0>(h) "
         "z = com.microsoft.GatherBlockQuantized<bits = 4, block_size = 16, gather_axis = 0, quantize_axis = 1>(packed, i, steps)"),
     "features by index": "t = Transpose<perm = [2, 0, 1]>(h) a = GatherND(t, three) u = Unsqueeze(a, last) z = Mul(h, u)",
+    "features written by fixed index": "t = Transpose<perm = [2, 0, 1]>(h) i = Unsqueeze(three, last) u = Gather<axis = 0>(t, three) n = Neg(u) "
+                                       "a = ScatterND(t, i, n) z = Transpose<perm = [1, 2, 0]>(a)",
     "fused product": "a = com.microsoft.FusedMatMul<alpha = 0.5>(h, up) z = com.microsoft.FusedMatMul<transB = 1>(a, up)",
     "top k and its rows": "v, i = TopK(h, four) a = GatherElements<axis = 2>(h, i) n = Neg(a) z = ScatterElements<axis = 2>(h, i, n)",
     "arg max": "i = ArgMax<axis = 2, keepdims = 0>(h) z = Gather(table, i)",

@@ -4,7 +4,7 @@ or a near miss that means something else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class Sketch:
     conv: bool = False            # something sideways beside attention
     gate: str = "none"            # none, heads_first, tokens_first: a factor for each head on the result, before or behind its transpose
     shuffled: bool = False        # the heads of the probabilities change places (wrong)
+    second: str = "none"          # a second attention: none, shared (it reads the first one's keys and values), own_value, turned (keys by other angles)
+    second_window: int = 0
     norm: str = "none"            # none, q: RMS of each head before rotary, with a weight
     opset: int = 23
     extra: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
@@ -95,7 +97,8 @@ def to_proto(s: Sketch) -> onnx.ModelProto:
         moved = w.op("Transpose", x, perm=[0, 2, 1])
         x = w.op("Transpose", w.op("Conv", moved, w.weight(HIDDEN, HIDDEN, 3), pads=[2, 0], kernel_shape=[3]), perm=[0, 2, 1])
     q, k, v = _projections(w, x, batch, length)
-    q, k = _rotary(w, q, "query", length), _rotary(w, k, "key", length)
+    raw = k
+    q, k = _rotary(w, q, length), _rotary(w, k, length)
     presents = [f"present.0.{kind}" for kind in ("key", "value")]
     if s.op:
         attended = _attention_op(w, q, k, v, batch, length, total, presents)
@@ -105,9 +108,26 @@ def to_proto(s: Sketch) -> onnx.ModelProto:
                 ("key", "value"), (k, v), presents))
         attended = _attention(w, q, _repeat(w, k, batch, total), _repeat(w, v, batch, total), batch, length, total)
     out = w.op("Add", hidden, w.op("MatMul", attended, w.weight(s.H * s.D, HIDDEN)))
+    if s.second != "none":
+        out = w.op("Add", out, w.op("MatMul", _second(w, out, raw, k, v, batch, length, total), w.weight(s.H * s.D, HIDDEN)))
     mlp = w.op("MatMul", w.op("Tanh", w.op("MatMul", out, w.weight(HIDDEN, 24))), w.weight(24, HIDDEN))
     w.op("MatMul", w.op("Add", out, mlp), w.weight(HIDDEN, VOCAB), outputs=["logits"])
     return _model(w, s, presents if s.past else [])
+
+
+def _second(w: _Writer, x: str, raw: str, k: str, v: str, batch: str, length: str, total: str) -> str:
+    """An attention behind the first, on its keys `k` (`raw` before they were turned) and values `v`, both after the past."""
+    s, rate = w.s, 2.0 if w.s.second == "turned" else 1.0
+    q, _, own = _projections(w, x, batch, length)
+    q = _rotary(w, q, length, rate)
+    if s.second == "own_value":
+        v = own
+    elif s.second == "turned":
+        k = _rotary(w, raw, length, rate)
+    w.s = replace(s, window=s.second_window)
+    out = _attention(w, q, _repeat(w, k, batch, total), _repeat(w, v, batch, total), batch, length, total)
+    w.s = s
+    return out
 
 
 def _model(w: _Writer, s: Sketch, presents: list[str]) -> onnx.ModelProto:
@@ -147,12 +167,12 @@ def frequencies(s: Sketch) -> np.ndarray:
     return (10000.0 ** (-np.arange(0, width, 2) / width)).astype(np.float32)
 
 
-def _rotary(w: _Writer, x: str, role: str, length: str) -> str:
-    """x [B, heads, S, D] turned by position."""
+def _rotary(w: _Writer, x: str, length: str, factor: float = 1.0) -> str:
+    """x [B, heads, S, D] turned by position, `factor` times as fast."""
     s = w.s
     if s.rotary == "none":
         return x
-    rate = w.f32(frequencies(s))
+    rate = w.f32(frequencies(s) * factor)
     if s.rotary == "ntk":  # the base grows with the longest position of the run
         longest = w.op("Cast", w.op("ReduceMax", "position_ids", keepdims=0), to=TensorProto.FLOAT)
         rate = w.op("Div", rate, w.op("Add", w.f32(1), w.op("Mul", longest, w.f32(0.01))))
