@@ -152,7 +152,10 @@ def plan_token_flat(
     dropped = [port.name for port in observation.interface.outputs if port.role not in ("logits", "present_key", "present_value")]
     if dropped:
         notes = (*notes, f"outputs that a token-flat decoder does not have: {', '.join(dropped)}")
-    inputs = TokenFlatInputs.of(sites, caches or ["fp32"] * len(sites))
+    formats = caches or ["fp32"] * len(sites)
+    for places in readers_of(sites):
+        notes += tuple(f"{sites[i].name} reads the cache of {sites[places[0]].name}, which is {formats[places[0]]}" for i in places[1:])
+    inputs = TokenFlatInputs.of(sites, formats)
     spec = ModelSpec(body.vocab_size, max_context, inputs.layers, inputs.groups)
     return TokenFlatPlan(sites, tables, inputs, body, rows, spec, notes)
 
