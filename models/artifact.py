@@ -32,7 +32,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 REPORT = "report.json"
 
-# Copied from beside the source when they are there; read by runtime/text.py.
+# Copied from beside the source when they are there; read by runtime/tokenizer.py.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "config.json",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
@@ -27,8 +28,13 @@ def read_record(record: type[Record], data: object, where: str) -> Record:
     for name, field in fields.items():
         if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SchemaError(f"{where} has no key {name!r}")
-    hints = get_type_hints(record)
+    hints = _hints(record)
     return record(**{name: _read(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+@cache
+def _hints(record: type[Any]) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def _read(hint: Any, data: object, where: str) -> Any:

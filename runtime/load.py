@@ -21,7 +21,7 @@ from .model import Model, default_params, file_bytes
 from .ort_session import open_session, session_interface
 from .paged import PagedExecutor
 from .sampling import SamplingParams
-from .text import Tokenizer, read_json
+from .tokenizer import Tokenizer, read_json
 
 
 def load(path: str | os.PathLike[str], *, options: RuntimeOptions | None = None, source: str | os.PathLike[str] | None = None) -> Model:

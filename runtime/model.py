@@ -29,14 +29,17 @@ from .results import Result
 from .sampling import SamplingParams
 from .session import Session, append, check_length
 from .stream import PieceStream
-from .text import TextStream, Tokenizer
+from .text import TextStream
+from .tokenizer import Tokenizer
 
 # Ids are held against the table by the graph that has it.
 _ANY_ID = 1 << 31
 
 
 class Model:
-    """Made by `octavo.load`. Safe from several threads. `tokenizer` is None where no tokenizer.json lies beside the model."""
+    """Made by `octavo.load`. Safe from several threads. `tokenizer` is None where no tokenizer.json lies beside the model; its files are read at
+    first use, and ModelError is raised by what needs one that can't be read.
+    """
 
     def __init__(
         self, kind: Kind, session: ort.InferenceSession, interface: GraphInterface, executor: Executor | str, *, decisions: DecisionLog,
@@ -196,16 +199,16 @@ class Model:
             raise UnsupportedError("stop strings need a tokenizer, and the model has none", hint="use stop_token_ids")
         params.check_vocab(engine.executor.vocab_size)
         generations = [self._generation(ids, params, owns=state is None) for ids, state in work]
+        texts = [None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings) for ids, _ in work]
         with engine.turn:
             engine.collect_dropped()
-            for (ids, state), generation in zip(work, generations):
+            for (ids, state), generation, text in zip(work, generations, texts):
                 if state is None:
                     state = engine.executor.open()
                     state.tokens.extend(ids)
                 else:
                     # The last token's logits are needed again: computing one row anew costs less than keeping V floats per sequence.
                     engine.executor.truncate(state, len(ids) - 1)
-                text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings)
                 generation.requests.append(GenerateRequest(state, generation, 0, text))
             engine.submit([generation.requests[0] for generation in generations])
         return generations

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError, UnsupportedError
-from .text import Tokenizer
+from .tokenizer import Tokenizer
 
 _FORMS = "a prompt is text, a list of chat messages, or a list or 1-D NumPy array of token ids"
 

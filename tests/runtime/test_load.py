@@ -293,6 +293,31 @@ def test_defaults_from_generation_config(source, tmp_path):
         assert any("out of range" in d.reason for d in model.decisions)
 
 
+def test_a_broken_tokenizer_fails_what_needs_it(source, tmp_path):
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(source.parent / name, tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with octavo.load(tmp_path / "model.onnx") as model:
+        assert model.predict([1, 2]).shape[0] == 2
+        for use in (lambda: model.generate("x"), lambda: model.generate([[1]], octavo.SamplingParams(max_tokens=2, ignore_eos=True))):
+            with pytest.raises(ModelError, match=r"tokenizer\.json"):
+                use()
+        assert model.stats()["sequences"] == 0
+
+
+def test_loading_reads_no_vocabulary(source):
+    """What only text needs is imported and read when text is needed."""
+    code = f"""
+import sys, octavo
+model = octavo.load({str(source.parent / "model.onnx")!r})
+print([name for name in ("tokenizers", "jinja2", "onnx", "onnxscript") if name in sys.modules])
+model.tokenizer.encode("x")
+print("tokenizers" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[:2] == ["[]", "True"]
+
+
 def test_no_tokenizer_and_no_context(source, tmp_path):
     for name in ("model.onnx", "model.onnx.data"):
         shutil.copy(source.parent / name, tmp_path / name)

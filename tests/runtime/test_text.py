@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from octavo.errors import ModelError, RequestError, UnsupportedError
 from octavo.models.tiny import write_tiny_tokenizer
 from octavo.runtime.chat_template import ChatTemplate
-from octavo.runtime.text import Detokenizer, StopStrings, TextStream, Tokenizer
+from octavo.runtime.text import Detokenizer, StopStrings, TextStream
+from octavo.runtime.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +121,14 @@ def test_missing_and_broken_files(tmp_path, tokenizer):
     with pytest.raises(UnsupportedError, match="no chat template"):
         Tokenizer.open(tmp_path).encode_chat([{"role": "user", "content": "x"}])
     for name, text in (("tokenizer_config.json", "["), ("tokenizer_config.json", "[]"), ("tokenizer.json", "{}")):
+        write_tiny_tokenizer(tmp_path)
         (tmp_path / name).write_text(text)
         with pytest.raises(ModelError, match=name):
-            Tokenizer.open(tmp_path)
+            _ = Tokenizer.open(tmp_path).eos_ids
     write_tiny_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ModelError, match=r"chat_template\.jinja"):
-        Tokenizer.open(tmp_path)
+        Tokenizer.open(tmp_path).encode_chat([{"role": "user", "content": "x"}])
 
 
 ESCAPES = [
