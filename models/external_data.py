@@ -207,13 +207,13 @@ def _fields(view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     at, end = 0, len(view)
     nothing = view[:0]
     while at < end:
-        tag, at = _varint(view, at)
+        tag, at = read_varint(view, at)
         number, wire = tag >> 3, tag & 7
         length = 0
         if wire == _VARINT:
-            _, at = _varint(view, at)
+            _, at = read_varint(view, at)
         elif wire == _BYTES:
-            length, at = _varint(view, at)
+            length, at = read_varint(view, at)
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         else:
@@ -224,7 +224,7 @@ def _fields(view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
         at += length
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
+def read_varint(view: memoryview, at: int) -> tuple[int, int]:
     """(value, index after it)."""
     value = shift = 0
     while at < len(view) and shift < 70:
