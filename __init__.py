@@ -21,6 +21,7 @@ _HOME = {
     "compile": ".compiler",
     "import_model": ".compiler",
     "inspect": ".compiler",
+    "snapshot": ".compiler.diff",
     "CompileOptions": ".compiler",
     "CompileReport": ".compiler",
     "CheckReport": ".compiler",
@@ -61,6 +62,7 @@ __all__ = [
     "inspect",
     "library_path",
     "load",
+    "snapshot",
 ]
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .compiler import import_model as import_model
     from .compiler import inspect as inspect
+    from .compiler.diff import snapshot as snapshot
     from .custom_ops import library_path as library_path
     from .errors import OctavoError as OctavoError
     from .models.decision import Decision as Decision

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from . import __version__
+from . import __version__, diff_commands
+from .console import BAD_INPUT, CHECK_FAILED, FINE, INTERNAL, INTERRUPTED, Json, print_result, say, working
 from .errors import ModelError, OctavoError, OptionError, StepError
 
 if TYPE_CHECKING:
     from .compiler import CompileReport
     from .runtime import Completion, Model, Piece, RuntimeOptions
-
-FINE, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 2, 3, 4, 130
 
 app = typer.Typer(
     add_completion=False, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -36,7 +35,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write; it must not exist, or hold an earlier result.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
 ModelPath = Annotated[Path, typer.Argument(metavar="ART", help="A compiled artifact; or an .onnx file, run as it is.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of a step (default: the CPUs that this process may use).")]
 Memory = Annotated[str | None, typer.Option(help='What model files and cache may take together, such as "2GiB".')]
@@ -77,9 +75,9 @@ def import_(
     """
     from . import import_model
 
-    with _working(f"importing {source}"):
+    with working(f"importing {source}"):
         graph = import_model(source, out)
-    _print(as_json, {"model": str(graph)}, f"wrote {graph}\nnext: octavo compile {graph} -o DIR")
+    print_result(as_json, {"model": str(graph)}, f"wrote {graph}\nnext: octavo compile {graph} -o DIR")
 
 
 @app.command("compile", epilog="Example: octavo compile plain/model.onnx -o art/ --kv-cache fp16")
@@ -112,9 +110,9 @@ def compile_(
     chosen: dict[str, Any] = {"weights": _weights(weights), "group_size": group_size, "quantizer": quantizer, "activations": activations}
     chosen |= {"kv_cache": _kv_cache(kv_cache), "masking": masking, "max_context": max_context}
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
-    with _working(f"compiling {source}"):
+    with working(f"compiling {source}"):
         report = compile(source, out, options=options)
-    _print(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
+    print_result(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
     _warn_of_nothing(report)
 
 
@@ -157,8 +155,8 @@ def check(
         passage = text.read_text(encoding="utf-8") if text else None
     except UnicodeDecodeError as error:
         raise OptionError(f"{text} is not UTF-8 text: {error}") from error
-    report = run_check(artifact, against, text=passage, seed=seed, progress=_say)
-    _print(as_json, report.to_json(), report.to_text())
+    report = run_check(artifact, against, text=passage, seed=seed, progress=say)
+    print_result(as_json, report.to_json(), report.to_text())
     if not report.ok:
         raise typer.Exit(CHECK_FAILED)
 
@@ -177,9 +175,9 @@ def inspect(
     """
     from . import inspect as run_inspect
 
-    with _working(f"reading {path}"):
+    with working(f"reading {path}"):
         report = run_inspect(path)
-    _print(as_json, report.to_json(), report.to_markdown() if markdown else report.to_text())
+    print_result(as_json, report.to_json(), report.to_markdown() if markdown else report.to_text())
     _warn_of_nothing(report)
     if strict and report.rewritten < report.attentions:
         raise typer.Exit(CHECK_FAILED)
@@ -208,7 +206,7 @@ def generate(
     for answer in answers:
         _raise_error(answer)
     data = [{"text": a.text, "token_ids": list(a.token_ids), "finish_reason": a.finish_reason} for a in answers]
-    _print(as_json, {"completions": data}, "\n---\n".join(answer.text for answer in answers))
+    print_result(as_json, {"completions": data}, "\n---\n".join(answer.text for answer in answers))
 
 
 @app.command(epilog='Example: octavo chat art/ --once "What is an octavo?"')
@@ -237,7 +235,7 @@ def chat(
             answer = _stream(model.stream(messages, params), quiet=as_json)
             messages.append({"role": "assistant", "content": answer})
     if as_json:
-        _print(True, {"messages": messages}, "")
+        print_result(True, {"messages": messages}, "")
 
 
 @app.command(epilog="Example: octavo demo")
@@ -258,17 +256,17 @@ def demo(
 
     source = gguf or _packaged_gguf()
     graph = out / "plain" / "model.onnx"
-    with _working(f"1/4 importing {source.name}"):
+    with working(f"1/4 importing {source.name}"):
         import_model(source, graph.parent)
-    with _working("2/4 compiling"):
+    with working("2/4 compiling"):
         report = compile(graph, out / "artifact")
-    _say("3/4 checking")
-    checked = run_check(out / "artifact", graph, progress=_say)
-    _say(f"4/4 asking: {prompt}")
+    say("3/4 checking")
+    checked = run_check(out / "artifact", graph, progress=say)
+    say(f"4/4 asking: {prompt}")
     with _loaded(out / "artifact", _runtime(None, None)) as model:
         params = replace(model.default_params, max_tokens=max_tokens, temperature=0.0)
         answer = _stream(model.stream([{"role": "user", "content": prompt}], params), quiet=as_json)
-    _print(
+    print_result(
         as_json, {"answer": answer, "report": report.to_json(), "check": checked.to_json(), "artifact": str(out / "artifact")},
         f"\n{report.to_text()}\n\n{checked.to_text()}\n\n{_NEXT.format(artifact=out / 'artifact')}",
     )
@@ -285,6 +283,9 @@ _NEXT = """Where to go next
 (`octavo` is .venv/bin/octavo after `make demo`.)"""
 
 
+app.add_typer(diff_commands.app)
+
+
 @app.command(epilog="Example: octavo doctor")
 def doctor(as_json: Json = False) -> None:
     """Show what this machine offers.
@@ -294,7 +295,7 @@ def doctor(as_json: Json = False) -> None:
     facts = {"octavo": __version__, "python": platform.python_version(), "platform": platform.platform()}
     facts |= _versions() | _machine() | _library()
     width = max(map(len, facts))
-    _print(as_json, facts, "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    print_result(as_json, facts, "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
     if facts["op library loads"] != "yes":
         raise typer.Exit(CHECK_FAILED)
 
@@ -340,10 +341,6 @@ def _fail(error: BaseException, code: int, message: str, hint: str, as_json: boo
     return code
 
 
-def _print(as_json: bool, data: Any, text: str) -> None:
-    print(json.dumps(data, indent=1, ensure_ascii=False) if as_json else text, flush=True)
-
-
 def _warn_of_nothing(report: CompileReport) -> None:
     """A graph whose attention all stays as it is was compiled for nothing: that is said in red, beside whatever was printed."""
     if report.attentions and not report.rewritten:
@@ -351,26 +348,6 @@ def _warn_of_nothing(report: CompileReport) -> None:
 
         line = f"0 of {report.attentions} attention sites were rewritten: the graph runs as it was exported"
         Console(stderr=True).print(line, style="bold red", markup=False, highlight=False)
-
-
-def _say(message: str) -> None:
-    """A line of progress. On standard error, so that standard output holds the result alone."""
-    print(f"· {message}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _working(message: str) -> Iterator[None]:
-    """Progress of something long: a spinner on a terminal, a line elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        _say(message)
-        yield
-        return
-    with console.status(message):
-        yield
-    _say(message)
 
 
 def _stream(pieces: Iterable[Piece], *, quiet: bool = False) -> str:
@@ -407,7 +384,7 @@ def _asked() -> Iterator[str]:
 def _loaded(path: Path, options: RuntimeOptions) -> Iterator[Model]:
     from . import load
 
-    with _working(f"loading {path}"):
+    with working(f"loading {path}"):
         model = load(path, options=options)
     try:
         yield model

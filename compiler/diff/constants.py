@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx_ir.serde import deserialize_tensor
 
 from ...errors import ModelError
 from ...models.external_data import check_entry, entry_from_pairs
@@ -32,6 +31,13 @@ def dtype_name(number: int) -> str:
     if number not in _NAMES or number == onnx.TensorProto.UNDEFINED:
         raise ModelError(f"element type {number} is not one of ONNX's", hint=_EXPORT_AGAIN)
     return _NAMES[number]
+
+
+def name_of(value: str | bytes) -> str:
+    """A name out of a proto, which gives bytes where it is not UTF-8."""
+    if isinstance(value, bytes):
+        raise ModelError(f"it is not an ONNX model: the name {value[:40]!r} is not UTF-8", hint=_EXPORT_AGAIN)
+    return value
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Constants:
     def _where(self, proto: onnx.TensorProto, nbytes: int) -> tuple[Path, int, int] | None:
         """(file, offset, length) of the tensor's own bytes; None where they have to be decoded."""
         if proto.data_location == onnx.TensorProto.EXTERNAL or proto.external_data:
-            entry = entry_from_pairs(proto.name, [(pair.key, pair.value) for pair in proto.external_data])
+            entry = entry_from_pairs(name_of(proto.name), [(name_of(pair.key), name_of(pair.value)) for pair in proto.external_data])
             _expect(proto, nbytes if entry.length is None else entry.length, nbytes)
             file = check_entry(type(entry)(entry.tensor, entry.location, entry.offset, nbytes), self.path.parent)
             return file, entry.offset, nbytes
@@ -85,6 +91,8 @@ class Constants:
         whole = self._whole(proto)
         if whole.HasField("raw_data"):
             return bytes(whole.raw_data)
+        from onnx_ir.serde import deserialize_tensor    # a second's import, for what few files have
+
         try:
             return bytes(deserialize_tensor(whole).tobytes())
         except Exception as error:  # NumPy and onnx_ir raise whatever a malformed tensor leads them into

@@ -14,10 +14,10 @@ from .hashing import DIGITS
 from .write import HEADER
 
 # A hostile text could ask for any number of nodes by a few digits.
-_MOST_NODES, _MOST_PORTS, _DEEPEST = 1_000_000, 100_000, 32
+_MOST_NODES, _DEEPEST = 100_000, 32
 
 _NAME = r'(?:"(?:[^"\\]|\\.)*"|[\w.:/\-]+)'
-_TENSOR = re.compile(rf"(\w+)\[([\d, ]*)\](\{{.*\}}|sha256:[0-9a-f]{{{DIGITS}}})")
+_TENSOR = re.compile(rf"(\w+)\[((?:\d{{1,15}}(?:, \d{{1,15}})*)?)\](\{{.*\}}|sha256:[0-9a-f]{{{DIGITS}}})")
 _IN_REPEAT = re.compile(r"(r\d+)\[(\d+|i)\]\.(\w+)(?::(\d+))?")
 _LOCAL = re.compile(r"(/?)(\w+)(?::(\d+))?")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -95,11 +95,14 @@ class _GraphParser:
             raise ModelError("the snapshot's graphs are nested too deeply", hint="octavo snapshot MODEL -o FILE writes it again")
         scope = _Scope()
         for line in lines:
-            if match := re.fullmatch(r"repeat (\d{1,7})", line.text):
+            match = re.fullmatch(r"repeat (\d{1,7})(?: (r\d+))?", line.text)
+            if match and int(match[1]) * max(1, len(line.children)) > _MOST_NODES:
+                raise line.error("asks for more nodes than any graph has")
+            if match and not match[2]:
                 for i in range(int(match[1])):
                     for child in line.children:
                         self._port(child, scope, i)
-            elif match := re.fullmatch(r"repeat (\d{1,7}) (r\d+)", line.text):
+            elif match:
                 self._repeat(line, int(match[1]), match[2], scope)
             elif line.text.startswith(("input ", "output ")):
                 self._port(line, scope, None)
@@ -109,7 +112,7 @@ class _GraphParser:
 
     def _port(self, line: _Line, scope: _Scope, i: int | None) -> None:
         match = re.fullmatch(rf"(input|output) ({_NAME}|[\w.:/\-{{}}]+)( [^=]*?)?(?: = (.*))?", line.text)
-        if not match or (match[1] == "output") != (match[4] is not None) or len(self.inputs) + len(self.outputs) > _MOST_PORTS:
+        if not match or (match[1] == "output") != (match[4] is not None):
             raise line.error("is no input or output")
         name = match[2].replace("{i}", str(i)) if i is not None and match[2][0] != '"' else _unquote(match[2], line)
         port = Port(name, (match[3] or "").strip())

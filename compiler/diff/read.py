@@ -14,7 +14,7 @@ import onnx
 from ...custom_ops.contract import DOMAIN, OPS
 from ...errors import ModelError
 from .canonical import canonical
-from .constants import Constants, dtype_name
+from .constants import Constants, dtype_name, name_of
 from .graph import Given, Graph, Node, Outer, Port, Produced, Ref, Snapshot, Tensor
 from .hashing import Hasher
 from .skeleton import read_skeleton
@@ -32,8 +32,6 @@ def read_onnx_snapshot(path: Path) -> Snapshot:
     hasher = Hasher()
     try:
         return _read(skeleton.proto, Constants(path, skeleton, hasher))
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model: a name is not UTF-8", hint=_EXPORT_AGAIN) from error
     except ModelError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
     finally:
@@ -46,7 +44,7 @@ def _read(proto: onnx.ModelProto, constants: Constants) -> Snapshot:
     graph = reader.graph(proto.graph, _Scope(), interface=True)
     functions = {}
     for function in proto.functions:
-        name = f"{function.domain}::{function.name}" + (f":{function.overload}" if function.overload else "")
+        name = f"{name_of(function.domain)}::{name_of(function.name)}" + (f":{name_of(function.overload)}" if function.overload else "")
         if name in functions:
             raise ModelError(f"the function {name} is there twice", hint=_EXPORT_AGAIN)
         functions[name] = _Reader(constants, opsets | _opsets(function.opset_import)).function(function)
@@ -54,7 +52,7 @@ def _read(proto: onnx.ModelProto, constants: Constants) -> Snapshot:
 
 
 def _opsets(entries: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
-    return {entry.domain or "ai.onnx": entry.version for entry in entries}
+    return {name_of(entry.domain) or "ai.onnx": entry.version for entry in entries}
 
 
 @dataclass
@@ -66,12 +64,12 @@ class _Scope:
     outer: Callable[[str], Ref] | None = None
 
     def define(self, name: str, ref: Ref) -> None:
-        if name in self.names:
+        if name_of(name) in self.names:
             raise ModelError(f"the value {name!r} is defined twice", hint=_EXPORT_AGAIN)
         self.names[name] = ref
 
     def resolve(self, name: str) -> Ref:
-        if not name:
+        if not name_of(name):
             return None
         if name not in self.names:
             if self.outer is None:
@@ -131,8 +129,8 @@ class _Reader:
         return tuple(self._node(proto, scope) for proto in kept)
 
     def _node(self, proto: onnx.NodeProto, scope: _Scope) -> Node:
-        domain = "" if proto.domain in _STANDARD else proto.domain
-        op = (f"{domain}::" if domain else "") + proto.op_type + (f":{proto.overload}" if proto.overload else "")
+        domain = "" if proto.domain in _STANDARD else name_of(proto.domain)
+        op = (f"{domain}::" if domain else "") + name_of(proto.op_type) + (f":{name_of(proto.overload)}" if proto.overload else "")
         captured: dict[str, Ref] = {}
 
         def capture(name: str) -> Ref:
@@ -142,7 +140,7 @@ class _Reader:
         attributes, subgraphs = {}, []
         for attribute in proto.attribute:
             graphs = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
-            if attribute.name in attributes or any(name == attribute.name for name, _ in subgraphs):
+            if name_of(attribute.name) in attributes or any(name == attribute.name for name, _ in subgraphs):
                 raise ModelError(f"node {proto.name!r} has the attribute {attribute.name!r} twice", hint=_EXPORT_AGAIN)
             for graph in graphs:
                 subgraphs.append((attribute.name, self.graph(graph, _Scope(scope.depth + 1, outer=capture))))
@@ -154,7 +152,7 @@ class _Reader:
             inputs.pop()
         return Node(
             op, (*inputs, *captured.values()), tuple(sorted((k, v) for k, v in attributes.items() if defaults.get(k) != v)),
-            tuple(sorted(subgraphs, key=lambda pair: pair[0])), len(proto.output), len(captured), proto.name,
+            tuple(sorted(subgraphs, key=lambda pair: pair[0])), len(proto.output), len(captured), name_of(proto.name),
         )
 
     def _constant(self, proto: onnx.NodeProto) -> Tensor | None:
@@ -174,7 +172,7 @@ class _Reader:
 
     def _attribute(self, a: onnx.AttributeProto) -> str:
         if a.ref_attr_name:
-            return f"@{json.dumps(a.ref_attr_name)}"
+            return f"@{json.dumps(name_of(a.ref_attr_name))}"
         kind = a.type
         if kind == onnx.AttributeProto.TENSOR:
             return _tensor_text(self.constants.tensor(a.t))
@@ -209,7 +207,7 @@ class _Reader:
             return str(dim.dim_value)
         if not dim.dim_param:
             return "?"
-        return self.symbols.setdefault(dim.dim_param, f"s{len(self.symbols)}")
+        return self.symbols.setdefault(name_of(dim.dim_param), f"s{len(self.symbols)}")
 
 
 def attribute_text(a: onnx.AttributeProto) -> str:
