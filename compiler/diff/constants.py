@@ -91,7 +91,7 @@ class Constants:
         whole = self._whole(proto)
         if whole.HasField("raw_data"):
             return bytes(whole.raw_data)
-        from onnx_ir.serde import deserialize_tensor    # a second's import, for what few files have
+        from onnx_ir.serde import deserialize_tensor  # a second's import, for what few files have
 
         try:
             return bytes(deserialize_tensor(whole).tobytes())

@@ -137,7 +137,8 @@ class _Reader:
             captured.setdefault(name, scope.resolve(name))
             return Outer(list(captured).index(name))
 
-        attributes, subgraphs = {}, []
+        attributes: dict[str, str] = {}
+        subgraphs: list[tuple[str, Graph]] = []
         for attribute in proto.attribute:
             graphs = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
             if name_of(attribute.name) in attributes or any(name == attribute.name for name, _ in subgraphs):

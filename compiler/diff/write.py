@@ -124,7 +124,7 @@ class _Writer:
                 return own.setdefault(source, f"p{len(own)}")
             return ("/" if isinstance(source, Produced) else "") + self.term(source)
 
-        lines = []
+        lines: list[str] = []
         for node, name, sources in zip(repeat.rows[0], body, repeat.sources):
             lines += _node_lines(self.graph.nodes[node], name, [term(source) for source in sources])
         yield f"repeat {len(repeat.rows)} r{index}"
@@ -197,7 +197,8 @@ def _folded(rows: list[tuple[str, Port, str]]) -> Iterator[str]:
 
 def _run(rows: list[tuple[str, Port, str]], at: int, width: int) -> tuple[int, list[tuple[str, Port, str]]]:
     """How often the `width` rows from `at` on repeat, and their templates."""
-    count, block = 1, []
+    count = 1
+    block: list[tuple[str, Port, str]] = []
     while at + (count + 1) * width <= len(rows):
         found = []
         for j in range(width):

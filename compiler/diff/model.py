@@ -1,0 +1,89 @@
+"""What a diff is: edits, costs, figures and verdicts, from which every output is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+EditKind = Literal["opset", "interface", "inserted", "removed", "replaced", "rewired", "attribute", "constant", "weight", "dtype", "shape"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change, or the same change at `count` places.
+
+    `what` says it in a line. `places` are nodes by their names in the canonical text, with the model's own name of a node where it has one;
+    at most MOST_PLACES of them. `before` and `after` are the nodes concerned, as indices into the canonical graphs. `inside` names the
+    function or subgraph whose nodes they are; "" is the graph itself.
+    """
+
+    kind: EditKind
+    what: str
+    count: int = 1
+    places: tuple[str, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    inside: str = ""
+
+    @property
+    def line(self) -> str:
+        where = f"in {self.inside}: " if self.inside else ""
+        return f"{where}{self.what}" + (f" ×{self.count}" if self.count > 1 else "")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a token costs, as far as structure tells.
+
+    `flops`: 2 × the elements of every weight that is multiplied, for one token. `weight_bytes`: weights read for one token decoded alone,
+    of tables one row. `cache_bytes`: kept for each token of a sequence. `parameters`: bytes of all weights.
+    """
+
+    nodes: int
+    ops: dict[str, int]
+    flops: int
+    weight_bytes: int
+    cache_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One assertion of the policy. `nearest` says what came closest where it failed."""
+
+    rule: str
+    ok: bool
+    found: str
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """What changed from `before` to `after`, names of files or models."""
+
+    before: str
+    after: str
+    edits: tuple[Edit, ...]
+    cost_before: Cost
+    cost_after: Cost
+    verdicts: tuple[Verdict, ...] = ()
+    version: int = SCHEMA_VERSION
+
+    @property
+    def same(self) -> bool:
+        return not self.edits
+
+    @property
+    def ok(self) -> bool:
+        """Whether every assertion of the policy holds."""
+        return all(verdict.ok for verdict in self.verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 the same, 1 differs within policy, 2 the policy is violated."""
+        return 2 if not self.ok else 0 if self.same else 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "same": self.same, "ok": self.ok, "exit_code": self.exit_code}
