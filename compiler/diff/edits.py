@@ -135,8 +135,9 @@ class _Comparison:
             changes.append("its subgraphs")
         else:
             plain = len(one.inputs) - one.captures, len(other.inputs) - other.captures
+            moved = [self.same(p, q) for p, q in zip(one.inputs[plain[0] :], other.inputs[plain[1] :])]
             for (name, p), (_, q) in zip(one.subgraphs, other.subgraphs):
-                if p != q:
+                if p != q or not all(moved):
                     inside = f"{self.inside}/{one.op} {name}".lstrip("/")
                     self.nested += graph_edits(
                         p, q, inside=inside, outer=lambda i, j: self.same(one.inputs[plain[0] + i], other.inputs[plain[1] + j]),
@@ -161,8 +162,7 @@ class _Comparison:
 
     def _tensors(self, tensors: dict[tuple[Tensor, Tensor], list[tuple[int, int, int]]]) -> Iterator[Found]:
         for (p, q), edges in tensors.items():
-            x, y, slot = edges[0]
-            op = self.matching.before.nodes[x].op
+            op = self.matching.before.nodes[edges[0][0]].op
             many = len(edges) > 1 and (p.hashed or q.hashed)
             for a, b, s in edges[:1] if many else edges:
                 by = f"{op} input {s}" + (f" and {len(edges) - 1} more" if many else "")
@@ -175,9 +175,9 @@ class _Comparison:
         for side, graph in (("a", self.matching.before), ("b", self.matching.after)):
             for index, node in enumerate(graph.nodes):
                 for ref in node.inputs:
-                    if (side, index) in self.open and isinstance(ref, Produced) and (side, ref.node) in self.open:
-                        if self.layers.get((side, index)) == self.layers.get((side, ref.node)):
-                            joined.join((side, index), (side, ref.node))
+                    near = isinstance(ref, Produced) and {(side, index), (side, ref.node)} <= self.open
+                    if near and self.layers.get((side, index)) == self.layers.get((side, ref.node)):
+                        joined.join((side, index), (side, ref.node))
         for one, other in touching:
             if self.layers.get(one) == self.layers.get(other):
                 joined.join(one, other)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from .folding import Item, Repeat, fold
-from .graph import Given, Graph, Node, Produced, Ref, Tensor
+from .graph import Given, Graph, Node, Outer, Produced, Ref, Tensor
 
 # Sequences longer than this are not aligned: what no better sign has matched by then is another graph.
 _LONGEST = 1200
@@ -63,8 +63,8 @@ class _Side:
     def _type(self, ref: Ref) -> Hashable:
         if isinstance(ref, Produced):
             return ref.output
-        if isinstance(ref, Given):
-            return "given"
+        if isinstance(ref, (Given, Outer)):
+            return type(ref)
         return ref.type if isinstance(ref, Tensor) and ref.hashed else ref
 
     def _up(self, look: list[int], number: Callable[[Hashable], int]) -> list[int]:

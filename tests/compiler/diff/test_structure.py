@@ -175,7 +175,8 @@ def test_a_layer_that_is_gone(tmp_path):
     (lambda m: setattr(m.opset_import[0], "version", 24), "opset", "opset ai.onnx 23 → 24"),
     (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 6), "interface", "input input_ids: int64[s0, s1] → int32[s0, s1]"),
     (lambda m: m.graph.input.append(helper.make_tensor_value_info("extra.3", 1, ["q"])), "interface", "added input extra.3 float32[s4]"),
-    (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_param", "another"), "interface", "input position_ids: int64[s0, s1] → int64[s0, s3]"),
+    (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[1], "dim_param", "other"), "interface",
+     "input position_ids: int64[s0, s1] → int64[s0, s3]"),
 ])
 def test_the_edges_of_a_model(model, change, kind, text):
     edits = diff(model, changed(model, change)).edits
