@@ -224,6 +224,8 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
         ledger.refuse([plan])
         ledger.decide("paged", "off", plan.reason, plan.where)
         return None
+    if plan.frozen:
+        ledger.decide("rotary", "frozen", plan.frozen)
     model = understood.model
     for stage in (LowerPaged(plan), LogitRows(plan), CacheInterface(plan), Cleanup()):
         ledger.run(stage, model)

@@ -13,13 +13,12 @@ from time import perf_counter
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ..custom_ops.contract import CACHE_FORMATS
 from ..models.interface import GraphInterface, GraphPort, Role
 from ..models.spec import CacheGroup, CacheLayer, CacheName, ModelSpec
 from .attention.laboratory import Laboratory
-from .attention.rotary import read_tables
+from .attention.rotary import RotaryTables, read_tables
 from .attention.sharing import readers_of, widest
 from .attention.site import AttentionSite
 from .build import Builder
@@ -30,7 +29,6 @@ from .normalize import graph_size
 from .observe import Observation
 from .outcome import Outcome, PassResult, Refusal
 
-Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
 Port = tuple[ir.Value, Role, int | None]
 
 
@@ -115,12 +113,17 @@ class TokenFlatPlan:
     """How a graph becomes token-flat. `tables[i]` are site i's rotary tables (None: its rotary, if any, stays in the graph)."""
 
     sites: tuple[AttentionSite, ...]
-    tables: tuple[Tables | None, ...]
+    tables: tuple[RotaryTables | None, ...]
     inputs: TokenFlatInputs
     body: DecoderBody
     rows: RowsAt
     spec: ModelSpec
     notes: tuple[str, ...]
+
+    @property
+    def frozen(self) -> str:
+        """What the rotary tables leave out, if anything: see RotaryTables."""
+        return next((tables.frozen for tables in self.tables if tables is not None and tables.frozen), "")
 
     @property
     def interface(self) -> GraphInterface:
@@ -167,15 +170,15 @@ def _by_rotary(refusal: Refusal, notes: tuple[str, ...]) -> Refusal:
     return Refusal("rotary angles that follow from more than the position (dynamic NTK, longrope)", refusal.where, f"{refusal.reason}; {notes[0]}")
 
 
-def _tables(observation: Observation, sites: Sequence[AttentionSite], max_context: int) -> tuple[tuple[Tables | None, ...], tuple[str, ...]]:
+def _tables(observation: Observation, sites: Sequence[AttentionSite], max_context: int) -> tuple[tuple[RotaryTables | None, ...], tuple[str, ...]]:
     """The rotary tables of every site; where query's and key's differ or can't be read, the rotary stays in the graph and a note says why."""
-    lab, notes, tables = Laboratory(observation), list[str](), list[Tables | None]()
-    known: dict[str, Tables | Refusal] = {}
+    lab, notes, tables = Laboratory(observation), list[str](), list[RotaryTables | None]()
+    known: dict[str, RotaryTables | Refusal] = {}
     for site in sites:
         if site.rotary is None:
             tables.append(None)
             continue
-        read: list[Tables | Refusal] = []
+        read: list[RotaryTables | Refusal] = []
         for rotation in (site.rotary.query, site.rotary.key):
             key = lab.fingerprints.chain(rotation.chain)
             if key not in known:
@@ -198,10 +201,10 @@ def _tables(observation: Observation, sites: Sequence[AttentionSite], max_contex
     return tuple(tables), tuple(dict.fromkeys(notes))
 
 
-def _equal(first: Tables | None, second: Tables | None) -> bool:
+def _equal(first: RotaryTables | None, second: RotaryTables | None) -> bool:
     if first is None or second is None:
         return first is second
-    return all(np.array_equal(a, b) for a, b in zip(first, second))
+    return np.array_equal(first.cos, second.cos) and np.array_equal(first.sin, second.sin)
 
 
 class CacheInterface(ir.passes.InPlacePass):

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from .extract import PreparedCone, cone, prepare, reads
 from .outcome import Outcome, PassResult
+from .plain_products import plain_products
+from .plain_softmax import plain_softmax
 
 # Constants of more bytes are weights, and weights are left as they are: never folded, copied or read.
 FOLD_LIMIT = 1024
@@ -40,8 +41,8 @@ def graph_size(model: ir.Model) -> tuple[int, int]:
 
 class Normalize(ir.passes.InPlacePass):
     """1. Functions are inlined. 2. Constants become initializers, initializers are no inputs, names are unique. 3. Identities go. 4. Types
-    are inferred, and CastLike says which type it means. 5. Small constant subgraphs are computed (by onnxruntime, so that the bits are
-    those the graph itself would have).
+    are inferred, and CastLike says which type it means. 5. Products and softmaxes in other words become MatMul and Softmax over the last
+    axis. 6. Small constant subgraphs are computed (by onnxruntime, so that the bits are those the graph itself would have).
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -61,7 +62,7 @@ class Normalize(ir.passes.InPlacePass):
             modified |= step(model).modified
         modified |= _infer_more_types(model)
         modified |= _plain_casts(model)
-        modified |= _plain_products(model)
+        modified |= plain_products(model) | plain_softmax(model)
         folded, note = _fold_small(model)
         modified |= common.RemoveUnusedNodesPass()(model).modified
         notes = tuple(text for text in (note, defaults) if text)
@@ -133,37 +134,6 @@ def _plain_casts(model: ir.Model) -> bool:
             cast.metadata_props.update(node.metadata_props)
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [cast], node.outputs, cast.outputs)
             changed = True
-    return changed
-
-
-def _plain_products(model: ir.Model) -> bool:
-    """FusedMatMul as what it means: Transpose, MatMul and a factor. Left where a rank is not known, or batches are transposed too."""
-    changed = False
-    for node in list(model.graph):
-        if (node.domain, node.op_type) != ("com.microsoft", "FusedMatMul") or any(node.attributes.get_int(f"transBatch{x}", 0) for x in "AB"):
-            continue
-        if any(node.attributes.get_int(f"trans{x}", 0) and (v is None or v.shape is None) for x, v in zip("AB", node.inputs)):
-            continue
-        nodes, operands = list[ir.Node](), list(node.inputs)
-        for index, letter in enumerate("AB"):
-            value = operands[index]
-            if node.attributes.get_int(f"trans{letter}", 0) and value is not None and value.shape is not None and len(value.shape) > 1:
-                rank = len(value.shape)
-                nodes.append(ir.node("Transpose", [value], {"perm": [*range(rank - 2), rank - 1, rank - 2]}, name=f"{node.name}.trans{letter}"))
-                operands[index] = nodes[-1].outputs[0]
-        nodes.append(ir.node("MatMul", operands, name=f"{node.name}.product"))
-        alpha = node.attributes.get_float("alpha", 1.0)
-        if alpha != 1.0:
-            name = f"{node.outputs[0].name}.alpha"
-            factor = ir.Value(name=name, shape=ir.Shape([]), type=node.outputs[0].type, const_value=ir.tensor(np.float32(alpha), name=name))
-            model.graph.register_initializer(factor)
-            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor], name=f"{node.name}.scaled"))
-        for made in nodes:
-            made.outputs[0].name, made.outputs[0].type = f"{made.name}.output", node.outputs[0].type
-            made.metadata_props.update(node.metadata_props)
-        nodes[-1].outputs[0].shape = node.outputs[0].shape
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
-        changed = True
     return changed
 
 

@@ -15,7 +15,8 @@ from ..outcome import Outcome, PassResult
 from .site import AttentionSite
 
 if TYPE_CHECKING:
-    from ..cache_interface import Tables, TokenFlatPlan
+    from ..cache_interface import TokenFlatPlan
+    from .rotary import RotaryTables
 
 
 class LowerPaged(ir.passes.InPlacePass):
@@ -40,7 +41,7 @@ class LowerPaged(ir.passes.InPlacePass):
         outcome = Outcome("lower_paged", "sites", count, count, nodes_before=before, nodes_after=len(graph), seconds=perf_counter() - start)
         return PassResult(model, True, outcome)
 
-    def _attention(self, build: Builder, index: int, site: AttentionSite, tables: Tables | None) -> ir.Value:
+    def _attention(self, build: Builder, index: int, site: AttentionSite, tables: RotaryTables | None) -> ir.Value:
         inputs, place = self._plan.inputs, self._plan.inputs.layer_of[index]
         group = inputs.layers[place].group
         given: dict[str, ir.Value] = {
@@ -63,8 +64,8 @@ class LowerPaged(ir.passes.InPlacePass):
             given["alibi_slopes"] = build.constant(np.array(site.mask.slopes, np.float32), "alibi_slopes")
         if tables is not None:
             assert site.rotary is not None
-            given["cos_cache"] = build.constant(tables[0], "rotary.cos")
-            given["sin_cache"] = build.constant(tables[1], "rotary.sin")
+            given["cos_cache"] = build.constant(tables.cos, "rotary.cos")
+            given["sin_cache"] = build.constant(tables.sin, "rotary.sin")
             attributes["rotary_interleaved"] = int(site.rotary.interleaved)
         last = max(PAGED_ATTENTION.input_index(name) for name in given)
         ordered = [given.get(port.name) for port in PAGED_ATTENTION.inputs[: last + 1]]

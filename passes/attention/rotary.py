@@ -7,7 +7,8 @@ have a one in the first of each pair, which answer with the cosine there and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,9 @@ from ..observe import Observation, ObservationError, Probe
 from ..outcome import Refusal
 from .chain import LINEAR, Chain, rotate
 from .laboratory import BHSD, BSH, Array, Laboratory, Layout, heads_first, laid_out
+
+# No context is longer: larger numbers in a cone are no lengths.
+_LONGEST = 1 << 21
 
 # One unit in the last place of a float32 near 1: onnxruntime's vectorized sine and its scalar tail differ by that much.
 _ULP = 1.2e-7
@@ -109,37 +113,101 @@ def _turns(lab: Laboratory, rotation: Rotation, probe: Probe) -> bool:
     return bool(np.max(np.abs(out - expected)) <= 1e-5 * max(1.0, float(np.max(np.abs(expected)))))
 
 
-def read_tables(lab: Laboratory, rotation: Rotation, max_context: int, where: str) -> tuple[Array, Array] | Refusal:
-    """cos and sin [max_context, r/2] float32 by position, the graph's own values; refused where they are not a function of position alone.
-
-    All positions are read in one probe from 0; a few tokens over a long and a short past, other lengths and, where the graph takes
-    them, positions out of order must then give the rows of that table.
+@dataclass(frozen=True)
+class RotaryTables:
+    """cos and sin [max_context, r/2] float32 by position, the graph's own values. `frozen` says what is left out (empty: nothing): the graph
+    turns sequences that are longer than these by other angles.
     """
+
+    cos: Array
+    sin: Array
+    frozen: str = ""
+
+
+def read_tables(lab: Laboratory, rotation: Rotation, max_context: int, where: str) -> RotaryTables | Refusal:
+    """The tables up to `max_context`; refused where they are not a function of position alone in every sequence of up to so many tokens.
+
+    All positions are read in one probe from 0; a few tokens over a long and a short past, lengths around each whole number in the angles'
+    cone and, where the graph takes them, positions out of order must then give the rows of that table. A refusal tells a shorter context in
+    which they do.
+    """
+    thresholds = _thresholds(lab, rotation)
+    found = _read(lab, rotation, max_context, where, thresholds)
+    if not isinstance(found, Refusal):
+        return replace(found, frozen=_frozen(lab, rotation, found, thresholds))
+    for shorter in sorted({c + shift for c in thresholds for shift in (-1, 0, 1) if 8 <= c + shift < max_context}, reverse=True):
+        if not isinstance(_read(lab, rotation, shorter, where, thresholds), Refusal):
+            return replace(found, nearest=f"{found.nearest}; max_context={shorter} would do, with the angles of sequences of up to {shorter} tokens")
+    return found
+
+
+def _thresholds(lab: Laboratory, rotation: Rotation) -> tuple[int, ...]:
+    """Whole numbers in the cone of the angles: where a length makes a difference, it is written down somewhere."""
+    numbers: set[int] = set()
+    for value in lab.fingerprints.constants(rotation.chain.sides):
+        tensor = value.const_value
+        if tensor is not None and tensor.size <= 16 and tensor.dtype != ir.DataType.STRING:
+            array = np.asarray(tensor.numpy(), np.float64).reshape(-1)
+            numbers.update(int(x) for x in array if 1 < x < _LONGEST and x == int(x))
+    return tuple(sorted(numbers))
+
+
+def _read(lab: Laboratory, rotation: Rotation, max_context: int, where: str, thresholds: Sequence[int]) -> RotaryTables | Refusal:
     try:
         whole = _angles(lab, rotation, Probe(1, max_context, 0))
         if whole is None:
             return Refusal("the rotary tables can't be evaluated", where, f"rotary: expected angles for {max_context} positions")
         cos, sin = (np.ascontiguousarray(angle[0], dtype=np.float32) for angle in whole)
-        for probe in _other_probes(lab.observation, max_context):
-            angles = _angles(lab, rotation, probe)
-            at = np.tile(np.arange(probe.past, probe.past + probe.length), (probe.batch, 1)) if probe.position_ids is None else probe.position_ids
-            tolerance = _ULP * max(1.0, float(np.max(np.abs(cos))))
-            if angles is None or np.max(np.abs(angles[0] - cos[at])) > tolerance or np.max(np.abs(angles[1] - sin[at])) > tolerance:
+        tables = RotaryTables(cos, sin)
+        for probe in _other_probes(lab.observation, max_context, thresholds):
+            if not _follows(lab, rotation, tables, probe):
                 return Refusal(
                     "the rotary angles depend on more than the position", where,
                     f"rotary: at {probe} expected the angles of one sequence of {max_context} tokens, found others",
                 )
     except ObservationError as error:
         return Refusal("the rotary tables can't be evaluated", where, str(error))
-    return cos, sin
+    return tables
 
 
-def _other_probes(observation: Observation, max_context: int) -> list[Probe]:
+def _follows(lab: Laboratory, rotation: Rotation, tables: RotaryTables, probe: Probe) -> bool:
+    """Whether the angles at a probe are the tables' rows, as far as those go."""
+    angles = _angles(lab, rotation, probe)
+    at = np.tile(np.arange(probe.past, probe.past + probe.length), (probe.batch, 1)) if probe.position_ids is None else probe.position_ids
+    known = at < len(tables.cos)
+    tolerance = _ULP * max(1.0, float(np.max(np.abs(tables.cos))))
+    return angles is not None and all(
+        float(np.max(np.abs(angle[known] - table[at[known]]))) <= tolerance for angle, table in zip(angles, (tables.cos, tables.sin))
+    )
+
+
+def _frozen(lab: Laboratory, rotation: Rotation, tables: RotaryTables, thresholds: Sequence[int]) -> str:
+    """What a sequence that is longer than the tables does to the first positions' angles, where the graph can be asked."""
+    count, observation = len(tables.cos), lab.observation
+    for c in (c for c in thresholds if c >= count - 1):
+        longer = Probe(1, c + 2, 0)
+        if observation.interface.input("position_ids") is not None:
+            longer = Probe(1, 4, 0, position_ids=np.array([[0, 1, count - 1, c + 1]]))
+        elif c > 1 << 14:
+            continue
+        try:
+            if not _follows(lab, rotation, tables, longer):
+                return f"angles of sequences of up to {count} tokens; the graph turns tokens of longer ones (over {c}) by others"
+        except ObservationError:
+            continue
+    return ""
+
+
+def _other_probes(observation: Observation, max_context: int, thresholds: Sequence[int]) -> list[Probe]:
     several = 2 if observation.batched else 1
     short = min(5, max_context)
-    probes = [Probe(several, short, 0), Probe(1, 1, 0), Probe(1, max(1, max_context // 2), 0)]
+    near = sorted({c + shift for c in thresholds for shift in (-1, 0, 1) if short < c + shift < max_context})
+    probes = [Probe(several, short, 0), Probe(1, 1, 0), Probe(1, min(2, max_context), 0), Probe(1, max(1, max_context // 2), 0)]
     if observation.cached and max_context > 16:
         probes += [Probe(1, 2, max_context - 2), Probe(several, 3, 7), Probe(1, 1, max_context // 2)]
+        probes += [Probe(1, 2, end - 2) for end in near]
+    else:
+        probes += [Probe(1, end, 0) for end in near]
     if observation.interface.input("position_ids") is not None and max_context >= 8:
         order = np.array([[3, 0, min(7, max_context - 1), max_context - 1, 1]])
         probes.append(Probe(1, 5, 0, position_ids=order))

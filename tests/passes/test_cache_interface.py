@@ -51,7 +51,8 @@ def test_inputs_that_nothing_reads_stay_in_the_signature() -> None:
 def test_layers_of_one_window_size_and_format_make_a_group() -> None:
     site, = sites_of(seen(*build(Sketch()))[1])
     windowed = replace(site, mask=Mask("window", 5))
-    inputs = TokenFlatInputs.of([site, windowed, site, windowed, replace(site, kv_heads=1)], ["fp32", "fp32", "fp32", "fp16", "fp32"])
+    sites = [replace(kind, name=f"site.{i}") for i, kind in enumerate([site, windowed, site, windowed, replace(site, kv_heads=1)])]
+    inputs = TokenFlatInputs.of(sites, ["fp32", "fp32", "fp32", "fp16", "fp32"])
     assert [layer.group for layer in inputs.layers] == [0, 1, 0, 2, 3]
     assert inputs.groups == (CacheGroup(None), CacheGroup(5), CacheGroup(5), CacheGroup(None))
     assert [value.name for value in inputs.block_tables] == [f"block_table.{g}" for g in range(4)]

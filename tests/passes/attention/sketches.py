@@ -26,7 +26,7 @@ class Sketch:
     D: int = 8
     past: bool = True
     padding: bool = True
-    rotary: str = "half"          # half, interleaved, split, partial, op, op_interleaved, microsoft, none, ntk
+    rotary: str = "half"          # half, interleaved, split, partial, op, op_interleaved, microsoft, none, ntk (by the longest), longrope (others over 32)
     heads: str = "expand"         # expand, tile, gather, broadcast, permuted (wrong: h reads h % G)
     scale: str = "scores"         # scores, divided, both_sides, runtime, folded_query
     factor: float = 0.3           # the scale itself
@@ -176,6 +176,9 @@ def _rotary(w: _Writer, x: str, length: str, factor: float = 1.0) -> str:
     if s.rotary == "ntk":  # the base grows with the longest position of the run
         longest = w.op("Cast", w.op("ReduceMax", "position_ids", keepdims=0), to=TensorProto.FLOAT)
         rate = w.op("Div", rate, w.op("Add", w.f32(1), w.op("Mul", longest, w.f32(0.01))))
+    if s.rotary == "longrope":
+        longest = w.op("Add", w.op("ReduceMax", "position_ids", keepdims=0), w.const(1))
+        rate = w.op("Where", w.op("Greater", longest, w.const(32)), w.op("Div", rate, w.f32(3)), rate)
     angle = w.op("Mul", w.op("Unsqueeze", w.op("Cast", "position_ids", to=TensorProto.FLOAT), w.const([2])), rate)
     if s.rotary in ("op", "op_interleaved"):
         return w.op("RotaryEmbedding", x, w.op("Cos", angle), w.op("Sin", angle), interleaved=int(s.rotary == "op_interleaved"))

@@ -144,6 +144,23 @@ def test_rotary_by_the_longest_position_does_not_page() -> None:
     assert isinstance(refusal, Refusal)
 
 
+def test_rotary_that_changes_at_a_length_pages_up_to_it() -> None:
+    sketch = Sketch(rotary="longrope")
+    model, interface = build(sketch)
+    observation, found = seen(model, interface)
+    beyond = plan_token_flat(observation, sites_of(found), max_context=33)
+    assert isinstance(beyond, Refusal) and "max_context=32 would do" in str(beyond)
+    plan = plan_token_flat(observation, sites_of(found), max_context=32)
+    assert isinstance(plan, TokenFlatPlan), str(plan)
+    assert "over 32" in plan.frozen
+    original, paged, ids = Original(build(sketch)[0], interface), Paged(model, plan), np.arange(33) % VOCAB
+    want = original.run(ids[None])[0]
+    got = np.concatenate([paged.step([(0, ids[:20])]), paged.step([(0, ids[20:32])])])
+    short = original.run(ids[None, :32])[0]
+    assert np.abs(got - short).max() < TOLERANCE * np.abs(short).max()
+    assert np.abs(got - want[:32]).max() > 10 * TOLERANCE * np.abs(want).max()  # one token more is another model
+
+
 def test_a_convolution_over_tokens_does_not_page() -> None:
     model, interface = build(Sketch(conv=True))
     observation, found = seen(model, interface)

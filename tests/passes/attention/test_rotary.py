@@ -7,12 +7,12 @@ import pytest
 from drivers import seen
 from octavo.passes.attention.laboratory import Laboratory
 from octavo.passes.attention.match import sites_of
-from octavo.passes.attention.rotary import context_bound, read_tables
+from octavo.passes.attention.rotary import RotaryTables, context_bound, read_tables
 from octavo.passes.outcome import Refusal
 from sketches import Sketch, build, frequencies
 
 
-def tables(sketch: Sketch, length: int = 50) -> tuple[np.ndarray, np.ndarray] | Refusal:
+def tables(sketch: Sketch, length: int = 50) -> RotaryTables | Refusal:
     observation, found = seen(*build(sketch))
     site, = sites_of(found)
     assert site.rotary is not None
@@ -26,15 +26,36 @@ def test_tables_are_the_graphs_angles(rotary: str, past: bool) -> None:
     read = tables(sketch)
     assert not isinstance(read, Refusal), str(read)
     angles = np.arange(50, dtype=np.float32)[:, None] * frequencies(sketch)
-    assert read[0].dtype == read[1].dtype == np.float32
-    np.testing.assert_allclose(read[0], np.cos(angles), rtol=0, atol=3e-7)
-    np.testing.assert_allclose(read[1], np.sin(angles), rtol=0, atol=3e-7)
+    assert read.cos.dtype == read.sin.dtype == np.float32
+    np.testing.assert_allclose(read.cos, np.cos(angles), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(read.sin, np.sin(angles), rtol=0, atol=3e-7)
 
 
 def test_angles_that_look_at_the_longest_position_are_refused() -> None:
     refusal = tables(Sketch(rotary="ntk"))
     assert isinstance(refusal, Refusal)
     assert "more than the position" in refusal.reason
+    assert "would do" not in refusal.nearest  # at no length
+
+
+@pytest.mark.parametrize("past", [True, False])
+def test_angles_that_change_at_a_length_are_read_up_to_it(past: bool) -> None:
+    """The short factors hold for every sequence of up to 32 tokens: one token more and no table is right for all lengths."""
+    sketch = Sketch(rotary="longrope", D=16, past=past)
+    for length in (31, 32):
+        read = tables(sketch, length)
+        assert isinstance(read, RotaryTables) and len(read.cos) == length
+        assert "over 32" in read.frozen
+        np.testing.assert_allclose(read.cos, np.cos(np.arange(length, dtype=np.float32)[:, None] * frequencies(sketch)), rtol=0, atol=3e-7)
+    for length in (33, 50):
+        refusal = tables(sketch, length)
+        assert isinstance(refusal, Refusal)
+        assert "max_context=32 would do" in refusal.nearest
+
+
+def test_what_does_not_change_is_not_frozen() -> None:
+    read = tables(Sketch(), 31)
+    assert isinstance(read, RotaryTables) and not read.frozen
 
 
 def test_a_table_is_not_read_beyond_its_rows() -> None:
