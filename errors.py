@@ -57,6 +57,10 @@ class CapacityError(OctavoError):
     """The context is longer than the model or the block pool allows, or the memory budget holds no model at all."""
 
 
+class SavedSequenceError(OctavoError):
+    """A saved sequence is missing, damaged, of another version or of another model, or can't be written."""
+
+
 class UnsupportedError(OctavoError):
     """This kind of model has no such operation (text out of a graph without logits)."""
 

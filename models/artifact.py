@@ -79,6 +79,10 @@ class Manifest:
     weight_layout: str | None = None
     format_version: int = FORMAT_VERSION
 
+    def fingerprint(self) -> str:
+        """Names graph and weights by their recorded hashes."""
+        return "+".join(self.files[name].sha256 for name in (GRAPH, WEIGHTS) if name in self.files)
+
 
 def write_manifest(manifest: Manifest, path: str | os.PathLike[str]) -> None:
     """Writes `manifest` as JSON to the file `path`."""

@@ -26,6 +26,8 @@ class RuntimeOptions:
     batching: True computes several sequences in one step where the kind can; False always one, first come, first served.
     prefix_cache: True keeps the blocks of sequences that have ended, as long as nothing else needs them, for those that begin alike. Acts on
         `paged` models.
+    session_folder: where named sessions are kept between their uses; None: there are none.
+    session_disk: what all of them may take together, like `memory`; the longest unused go first. None: no limit.
     optimize_graph: False runs the graph node by node as it stands, without onnxruntime's fusions: to compare with, not to serve with.
     """
 
@@ -35,6 +37,8 @@ class RuntimeOptions:
     batching: bool = True
     prefix_cache: bool = True
     optimize_graph: bool = True
+    session_folder: str | os.PathLike[str] | None = None
+    session_disk: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (_is_int(self.threads) and 1 <= self.threads <= MAX_THREADS):
@@ -44,12 +48,19 @@ class RuntimeOptions:
         for name in ("batching", "prefix_cache", "optimize_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False")
-        if self.memory is not None:
-            parse_size(self.memory)
+        if self.session_folder is not None and not isinstance(self.session_folder, str | os.PathLike):
+            raise OptionError(f"session_folder={self.session_folder!r} is not a path")
+        for name in ("memory", "session_disk"):
+            if getattr(self, name) is not None:
+                parse_size(getattr(self, name), name)
 
     @property
     def memory_bytes(self) -> int | None:
         return None if self.memory is None else parse_size(self.memory)
+
+    @property
+    def session_bytes(self) -> int | None:
+        return None if self.session_disk is None else parse_size(self.session_disk, "session_disk")
 
     @property
     def num_threads(self) -> int:
@@ -62,7 +73,7 @@ def cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def parse_size(value: int | str) -> int:
+def parse_size(value: int | str, name: str = "memory") -> int:
     """Bytes of `value`: a positive int, or a number with a unit (B, kB, MB, GB, TB: powers of 1000; KiB, MiB, GiB, TiB: of 1024)."""
     hint = 'write bytes as an int, or text such as "2GiB" or "800 MB"'
     if _is_int(value):
@@ -70,9 +81,9 @@ def parse_size(value: int | str) -> int:
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)) and match[2].upper() in _UNITS:
         size = int(float(match[1]) * _UNITS[match[2].upper()])
     else:
-        raise OptionError(f"memory={value!r} is not a size", hint=hint)
+        raise OptionError(f"{name}={value!r} is not a size", hint=hint)
     if size <= 0 or size >= 2**60:
-        raise OptionError(f"memory={value!r} is not a positive size below 2^60 bytes", hint=hint)
+        raise OptionError(f"{name}={value!r} is not a positive size below 2^60 bytes", hint=hint)
     return size
 
 

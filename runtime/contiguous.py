@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..errors import UnsupportedError
+from ..errors import SavedSequenceError, UnsupportedError
 from ..models.interface import GraphInterface, GraphPort
 from .executor import Logits, step_error
 from .plan import Limits, SequenceState, Slice, StepPlan
+from .saved import CacheState
+
+_LAYOUT = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ class ContiguousExecutor:
 
     def open(self, scope: str | None = None) -> SequenceState:
         self._num_open += 1
-        return SequenceState([], self._no_past())
+        return SequenceState([], self._no_past(), scope=scope)
 
     def fork(self, sequence: SequenceState) -> SequenceState:
         self._num_open += 1
-        return SequenceState(list(sequence.tokens), sequence.cache, sequence.num_cached)
+        return SequenceState(list(sequence.tokens), sequence.cache, sequence.num_cached, sequence.scope)
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
         if length < sequence.num_cached:
@@ -77,6 +80,18 @@ class ContiguousExecutor:
 
     def unreserve(self, sequence: SequenceState) -> None:
         pass            # nothing is ever promised
+
+    def save(self, sequence: SequenceState) -> CacheState:
+        return CacheState(_LAYOUT, sequence.num_cached, tuple(value.numpy() for value in sequence.cache.values))
+
+    def restore(self, sequence: SequenceState, state: CacheState) -> None:
+        if state.layout != _LAYOUT:
+            return
+        shapes = [(np.dtype(port.dtype), (1, port.shape[1], state.length, port.shape[3])) for port in self._past if port.shape is not None]
+        if [(array.dtype, array.shape) for array in state.arrays] != shapes:
+            raise SavedSequenceError("the saved cache is none of this model's", hint="compute the sequence again from its tokens")
+        sequence.cache = PastTokens(tuple(map(ort.OrtValue.ortvalue_from_numpy, state.arrays)))
+        sequence.num_cached = state.length
 
     def execute(self, plan: StepPlan) -> list[Logits]:
         (part,) = plan.slices

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import OctavoError, StepError
 from .plan import Limits, SequenceState, StepPlan
+from .saved import CacheState
 
 Logits = NDArray[np.float32]
 """float32 (rows, V)."""
@@ -56,6 +57,17 @@ class Executor(Protocol):
         ...
 
     def unreserve(self, sequence: SequenceState) -> None: ...
+
+    def save(self, sequence: SequenceState) -> CacheState:
+        """Copies of what is cached, perhaps not of the last tokens."""
+        ...
+
+    def restore(self, sequence: SequenceState, state: CacheState) -> None:
+        """Gives a sequence with nothing cached what `save` gave; nothing where it is of another layout.
+
+        Raises CapacityError where there is no room, SavedSequenceError where the arrays are not a cache of this model's.
+        """
+        ...
 
     def execute(self, plan: StepPlan) -> list[Logits]:
         """Runs the plan and returns each slice's logits, (num_rows, V), valid until the next call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .decisions import DecisionLog
 from .executor import Executor
 from .kv.budget import free_memory, plan_blocks
 from .model import Model, default_params, file_bytes
+from .named import NamedSessions
 from .ort_session import open_session, session_interface
 from .paged import PagedExecutor
 from .sampling import SamplingParams
@@ -63,7 +65,10 @@ def _load_artifact(artifact: Artifact, options: RuntimeOptions) -> Model:
     else:
         bound = None if manifest.spec is None else manifest.spec.max_context
         executor = _contiguous(manifest.interface, session, options, log, bound or _context_bound(artifact.folder, log))
-    return _model(manifest.kind, session, manifest.interface, executor, log=log, folder=artifact.folder, model_bytes=model_bytes)
+    return _model(
+        manifest.kind, session, manifest.interface, executor, options, log=log, folder=artifact.folder, model_bytes=model_bytes,
+        fingerprint=manifest.fingerprint,
+    )
 
 
 def _open_graph(artifact: Artifact, options: RuntimeOptions, log: DecisionLog) -> Any:
@@ -90,7 +95,10 @@ def _load_graph(path: Path, options: RuntimeOptions, log: DecisionLog, *, tokeni
     log.load("kind", "baseline", "a graph that was not compiled runs as it stands", where=path.name)
     interface = session_interface(session)
     executor = _contiguous(interface, session, options, log, _context_bound(tokenizer_folder, log))
-    return _model("baseline", session, interface, executor, log=log, folder=tokenizer_folder, model_bytes=file_bytes(path, *data))
+    return _model(
+        "baseline", session, interface, executor, options, log=log, folder=tokenizer_folder, model_bytes=file_bytes(path, *data),
+        fingerprint=lambda: source_sha256(path),
+    )
 
 
 def _load_source(artifact: Artifact, source: Path, options: RuntimeOptions, error: LibraryError) -> Model:
@@ -133,7 +141,8 @@ def _contiguous(
 
 
 def _model(
-    kind: Kind, session: Any, interface: GraphInterface, executor: Executor | str, *, log: DecisionLog, folder: Path, model_bytes: int,
+    kind: Kind, session: Any, interface: GraphInterface, executor: Executor | str, options: RuntimeOptions, *, log: DecisionLog,
+    folder: Path, model_bytes: int, fingerprint: Callable[[], str],
 ) -> Model:
     """The model, with tokenizer and defaults out of `folder`."""
     config = read_json(folder / "generation_config.json")
@@ -146,7 +155,12 @@ def _model(
         log.load("sampling defaults", "standard", f"generation_config.json is out of range: {error}", where="generation_config.json")
     return Model(
         kind, session, interface, executor, decisions=log, tokenizer=Tokenizer.open(folder), default_params=params, model_bytes=model_bytes,
+        fingerprint=fingerprint, named=_named(options),
     )
+
+
+def _named(options: RuntimeOptions) -> NamedSessions | None:
+    return None if options.session_folder is None else NamedSessions(Path(options.session_folder), options.session_bytes)
 
 
 def _context_bound(folder: Path, log: DecisionLog) -> int | None:

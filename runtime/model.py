@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..errors import CapacityError, OptionError, RequestError, UnsupportedError
+from ..errors import CapacityError, OptionError, RequestError, SavedSequenceError, UnsupportedError
 from ..models.decision import Decision
 from ..models.interface import GraphInterface
 from ..models.runner import Ids
@@ -22,6 +23,7 @@ from .decisions import DecisionLog
 from .embed import Embedder, Pooling
 from .engine import Engine
 from .executor import Executor, step_error
+from .named import NamedSessions
 from .plan import SequenceState
 from .prompt import as_prompts, check_ids, encode_prompt
 from .request import GenerateRequest, Generation
@@ -43,13 +45,15 @@ class Model:
 
     def __init__(
         self, kind: Kind, session: ort.InferenceSession, interface: GraphInterface, executor: Executor | str, *, decisions: DecisionLog,
-        tokenizer: Tokenizer | None, default_params: SamplingParams, model_bytes: int,
+        tokenizer: Tokenizer | None, default_params: SamplingParams, model_bytes: int, fingerprint: Callable[[], str],
+        named: NamedSessions | None = None,
     ) -> None:
-        """`executor` is a text where the graph is no decoder: the reason."""
+        """`executor` is a text where the graph is no decoder: the reason. `fingerprint` may read the model's files."""
         self._kind, self._session, self._interface = kind, session, interface
         self._decisions, self._model_bytes = decisions, model_bytes
         self._engine = None if isinstance(executor, str) else Engine(executor, decisions)
         self._no_decoder = executor if isinstance(executor, str) else ""
+        self._fingerprint, self._named = fingerprint, named
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._closed = False
         self.tokenizer = tokenizer
@@ -64,6 +68,11 @@ class Model:
     def decisions(self) -> tuple[Decision, ...]:
         """What was decided when compiling, loading and running, in that order."""
         return self._decisions.all()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names what the model computes: another compile of the same source has another."""
+        return self._fingerprint()
 
     @property
     def engine(self) -> Engine:
@@ -131,10 +140,19 @@ class Model:
         embedder = Embedder(self._session, self._interface)
         return embedder.embed([encode_prompt(text, self.tokenizer, _ANY_ID) for text in as_prompts(texts)], pooling)
 
-    def begin_session(self) -> Session:
-        """A scope for sequences. `with` is optional."""
+    def begin_session(self, *, name: str | None = None) -> Session:
+        """A scope for sequences. `with` is optional.
+
+        name: the session's sequences are kept on disk when it is closed, in RuntimeOptions.session_folder, and are there when it is begun
+        again, by this process or another. Raises OptionError (no session_folder), RequestError (the name is in use), SavedSequenceError (what
+        is kept is damaged or another model's), CapacityError (no room for it).
+        """
         assert self.engine is not None     # or it raises
-        session = Session(self)
+        if name is not None and not isinstance(name, str):
+            raise OptionError(f"name={name!r} is not a text")
+        if name is not None and self._named is None:
+            raise OptionError("named sessions need a place on disk", hint="load the model with RuntimeOptions(session_folder=…)")
+        session = Session(self, name, self._named)
         self._sessions.add(session)
         return session
 
@@ -172,11 +190,20 @@ class Model:
         return self._begin([(tokens, state)], params)[0]
 
     def close(self) -> None:
-        """Closes its sessions and lets go of session and caches. Closing twice is fine."""
+        """Closes its sessions and lets go of session and caches. Closing twice is fine.
+
+        Raises SavedSequenceError where a named session could not be written; all else is closed then.
+        """
+        first: SavedSequenceError | None = None
         for session in list(self._sessions):
-            session.close()
+            try:
+                session.close()
+            except SavedSequenceError as error:
+                first = first or error
         self._closed = True
         self._engine = self._session = None
+        if first is not None:
+            raise first
 
     def __enter__(self) -> Model:
         return self

@@ -13,12 +13,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..errors import ArtifactError
+from ..custom_ops.contract import CACHE_LAYOUT
+from ..errors import ArtifactError, SavedSequenceError
 from ..models.spec import ModelSpec
 from .executor import MAX_SEQUENCES, MAX_STEP_TOKENS, Logits, step_error
 from .kv.store import BlockStore
 from .kv.tables import BlockTables, Extension, SequenceBlocks
 from .plan import Limits, SequenceState, StepPlan
+from .saved import CacheState
 
 
 class PagedExecutor:
@@ -32,17 +34,18 @@ class PagedExecutor:
         self._tables = BlockTables([group.window for group in spec.cache_groups], num_blocks, block_size, prefix_cache=prefix_cache)
         self._store = BlockStore(spec, num_blocks, block_size)
         self._feed = _Feed(session, spec, self._store, self.limits, block_size)
+        self._block_size, self._layout = block_size, f"paged/{CACHE_LAYOUT}/{block_size}"
         self._num_open = 0
         self._counters: Counter[str] = Counter()
 
     def open(self, scope: str | None = None) -> SequenceState:
         self._num_open += 1
-        return SequenceState([], self._tables.open(scope))
+        return SequenceState([], self._tables.open(scope), scope=scope)
 
     def fork(self, sequence: SequenceState) -> SequenceState:
         self._num_open += 1
         blocks = self._tables.fork(_blocks(sequence), sequence.num_cached)
-        return SequenceState(list(sequence.tokens), blocks, sequence.num_cached)
+        return SequenceState(list(sequence.tokens), blocks, sequence.num_cached, sequence.scope)
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
         wanted = min(sequence.num_cached, length)
@@ -65,6 +68,27 @@ class PagedExecutor:
 
     def unreserve(self, sequence: SequenceState) -> None:
         self._tables.unreserve(_blocks(sequence))
+
+    def save(self, sequence: SequenceState) -> CacheState:
+        """Whole blocks: the slots behind a sequence's end may hold what others have left there."""
+        length = sequence.num_cached // self._block_size * self._block_size
+        tables = [[block for block in table[: length // self._block_size] if block >= 0] for table in _blocks(sequence).tables]
+        return CacheState(self._layout, length, tuple(self._store.read(tables)))
+
+    def restore(self, sequence: SequenceState, state: CacheState) -> None:
+        assert sequence.num_cached == 0
+        if state.layout != self._layout:
+            self._counters["recomputed"] += state.length
+            return
+        blocks = _blocks(sequence)
+        self._tables.place(blocks, state.length)
+        tables = [[block for block in table if block >= 0] for table in blocks.tables]
+        if [(array.dtype, array.shape) for array in state.arrays] != self._store.shapes(tables):
+            self._tables.truncate(blocks, 0)
+            raise SavedSequenceError("the saved cache is none of this model's", hint="compute the sequence again from its tokens")
+        self._store.write(tables, state.arrays)
+        sequence.num_cached = state.length
+        self._tables.settle(blocks, sequence.tokens, state.length)
 
     def execute(self, plan: StepPlan) -> list[Logits]:
         extensions: list[Extension] = []

@@ -5,6 +5,7 @@ Operations on one sequence serialise; different sequences can be driven from dif
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -16,11 +17,13 @@ import numpy as np
 from ..errors import CapacityError, OptionError, RequestError
 from ..models.runner import Ids, Rows
 from .executor import Logits
+from .named import NamedSessions
 from .plan import SequenceState
 from .prompt import check_ids
 from .request import AppendRequest
 from .results import Result
 from .sampling import SamplingParams
+from .saved import SavedSequence, read_sequence, write_sequence
 from .stream import PieceStream
 
 if TYPE_CHECKING:
@@ -29,12 +32,36 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A scope of independent sequences; closing it closes them. Made by `model.begin_session()`."""
+    """A scope of independent sequences; closing it closes them. Made by `model.begin_session()`.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    A named one keeps its sequences until they are closed, and closing the session writes them to disk: whoever begins it again has them back.
+    """
+
+    def __init__(self, model: Model, name: str | None = None, store: NamedSessions | None = None) -> None:
+        self._model, self._name, self._store = model, name, store
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self._kept: list[Sequence] = []     # of a named session, in the order in which they were made
         self._closed = False
+        if name is not None:
+            assert store is not None
+            store.claim(name)
+            self._release = weakref.finalize(self, store.release, name)
+            try:
+                for saved in store.load(name, model.fingerprint):
+                    self._restore(saved)
+            except BaseException:
+                self._discard()
+                raise
+
+    @property
+    def name(self) -> str | None:
+        return self._name
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """The open sequences of a named session, in the order in which they were made. An unnamed one does not keep them."""
+        self._kept = [sequence for sequence in self._kept if not sequence.closed]
+        return tuple(self._kept)
 
     def new_sequence(self, *, salt: str | None = None) -> Sequence:
         """An empty sequence. It shares cached prefixes with sequences of the same `salt` alone."""
@@ -45,6 +72,29 @@ class Session:
         with engine.turn:
             engine.collect_dropped()
             state = engine.executor.open(salt)
+        return self._adopt(state)
+
+    def restore(self, path: str | os.PathLike[str]) -> Sequence:
+        """The sequence that `Sequence.save` wrote to the file `path`, with the same bits. What is not cached there is computed with the next append.
+
+        Raises SavedSequenceError (damaged, another version, another model), CapacityError (no room for it).
+        """
+        self._check_open()
+        return self._restore(read_sequence(path, self._model.fingerprint))
+
+    def _restore(self, saved: SavedSequence) -> Sequence:
+        engine = self._model.engine
+        tokens = check_ids(saved.tokens, engine.executor.vocab_size) if saved.tokens else []
+        check_length(engine, len(tokens))
+        with engine.turn:
+            engine.collect_dropped()
+            state = engine.executor.open(saved.scope)
+            state.tokens.extend(tokens)
+            try:
+                engine.executor.restore(state, saved.cache)
+            except BaseException:
+                engine.close(state)
+                raise
         return self._adopt(state)
 
     def append_batch(self, work: Iterable[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:
@@ -68,10 +118,24 @@ class Session:
             return append(self._model.engine, [(sequence._state, ids) for sequence, ids in work], rows)
 
     def close(self) -> None:
-        """Closes every sequence. Closing twice is fine."""
+        """Closes every sequence; those of a named session are written to disk first. Closing twice is fine.
+
+        SavedSequenceError where they can't be written: the session is then open as before.
+        """
+        if self._closed:
+            return
+        if self._name is not None:
+            assert self._store is not None
+            self._store.store(self._name, [sequence._saved() for sequence in self.sequences])
+        self._discard()
+
+    def _discard(self) -> None:
         self._closed = True
         for sequence in list(self._sequences):
             sequence.close()
+        self._kept.clear()
+        if self._name is not None:
+            self._release()
 
     def __enter__(self) -> Session:
         return self
@@ -82,6 +146,8 @@ class Session:
     def _adopt(self, state: SequenceState) -> Sequence:
         sequence = Sequence(self, self._model, state)
         self._sequences.add(sequence)
+        if self._name is not None:
+            self._kept = [*self.sequences, sequence]
         return sequence
 
     def _check_open(self) -> None:
@@ -104,6 +170,10 @@ class Sequence:
     def tokens(self) -> tuple[int, ...]:
         """The token ids so far: appended and generated."""
         return tuple(self._state.tokens)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
 
     def __len__(self) -> int:
         return len(self._state.tokens)
@@ -153,6 +223,17 @@ class Sequence:
             stream = PieceStream(self._model.engine, generation, owner=self)
             self._stream = weakref.ref(stream)
             return stream
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes tokens and cache to the file `path`, in one go: it is as it was where that fails (SavedSequenceError)."""
+        write_sequence(path, self._saved())
+
+    def _saved(self) -> SavedSequence:
+        with self._held():
+            engine, state = self._model.engine, self._state
+            with engine.turn:
+                cache = engine.executor.save(state)
+            return SavedSequence(self._model.fingerprint, state.scope, tuple(state.tokens), cache)
 
     def close(self) -> None:
         """Frees what the sequence holds. Closing twice is fine."""

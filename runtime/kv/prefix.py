@@ -59,7 +59,8 @@ class PrefixIndex:
             node = parent.children.setdefault(key, Node(parent, key, len(self._pools)))
             chain.append(node)
             for group, table in enumerate(tables):
-                if node.blocks[group] is None:     # else a block of the same tokens is there already
+                # Else a block of the same tokens is there already, or ours lies behind the window of a restored sequence.
+                if node.blocks[group] is None and table[index] >= 0:
                     node.blocks[group] = table[index]
                     self._pools[group].keep(table[index])
                     self._nodes[group][table[index]] = node

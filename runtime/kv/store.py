@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -36,6 +36,7 @@ class BlockStore:
             dtype = np.dtype(cache.dtype)
             self.keys.append(_aligned_zeros(cache.key_shape(num_blocks, layer.kv_heads, layer.head_size, block_size), dtype))
             self.values.append(_aligned_zeros(cache.value_shape(num_blocks, layer.kv_heads, layer.value_size, block_size), dtype))
+        self._group_of = [layer.group for layer in spec.cache_layers]
         self._layers_of = [[i for i, layer in enumerate(spec.cache_layers) if layer.group == g] for g in range(len(spec.cache_groups))]
 
     @property
@@ -49,6 +50,24 @@ class BlockStore:
             values[f"kv.{i}.key"] = ort.OrtValue.ortvalue_from_numpy(key)
             values[f"kv.{i}.value"] = ort.OrtValue.ortvalue_from_numpy(value)
         return values
+
+    def read(self, tables: Sequence[Sequence[int]]) -> list[NDArray[np.generic]]:
+        """Copies of the blocks `tables[group]` of every layer: its keys, its values."""
+        return [array[tables[group]] for group, array in self._arrays()]
+
+    def write(self, tables: Sequence[Sequence[int]], arrays: Sequence[NDArray[np.generic]]) -> None:
+        """What `read` gave, into other blocks."""
+        for (group, array), blocks in zip(self._arrays(), arrays, strict=True):
+            array[tables[group]] = blocks
+
+    def shapes(self, tables: Sequence[Sequence[int]]) -> list[tuple[np.dtype[np.generic], tuple[int, ...]]]:
+        """Type and shape of what `read` gives."""
+        return [(array.dtype, (len(tables[group]), *array.shape[1:])) for group, array in self._arrays()]
+
+    def _arrays(self) -> Iterator[tuple[int, NDArray[np.generic]]]:
+        for group, key, value in zip(self._group_of, self.keys, self.values):
+            yield group, key
+            yield group, value
 
     def copy(self, copies: Iterable[Copy]) -> None:
         """Whole blocks, over all layers of their group."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from ...errors import CapacityError
 from .blocks import BlockPool
 from .prefix import Node, PrefixIndex
 
@@ -85,6 +86,19 @@ class BlockTables:
         blocks.tables, blocks.chain = hit.tables, hit.chain
         return hit.length
 
+    def place(self, blocks: SequenceBlocks, length: int) -> None:
+        """Gives an empty sequence blocks of its own for positions [0, length), whole blocks, as far as later tokens see them.
+
+        Raises CapacityError and changes nothing where the pool has too few.
+        """
+        assert not any(blocks.tables) and length % self.block_size == 0
+        firsts = [0 if window is None else max(0, length - window + 1) // self.block_size for window in self._windows]
+        counts = [length // self.block_size - first for first in firsts]
+        for pool, count in zip(self.pools, counts):
+            if not pool.can_reserve(count):
+                raise CapacityError(f"{count} blocks are needed, {pool.num_available} can be had", hint="close sequences, or load the model with more memory=")
+        blocks.tables = [[-1] * first + [pool.allocate() for _ in range(count)] for pool, first, count in zip(self.pools, firsts, counts)]
+
     def settle(self, blocks: SequenceBlocks, tokens: Sequence[int], length: int) -> None:
         """After positions [0, length) are committed: enters full blocks in the index, releases those that no later token sees."""
         if self._index is not None:
@@ -92,7 +106,9 @@ class BlockTables:
         for pool, window, table in zip(self.pools, self._windows, blocks.tables):
             if window is None:
                 continue
-            for index in range(max(0, length - window + 1) // self.block_size - 1, -1, -1):
+            # Seen from the last full block, so that the prefix that ends there (what is saved, and found by others) is whole.
+            whole = length // self.block_size * self.block_size
+            for index in range(max(0, whole - window + 1) // self.block_size - 1, -1, -1):
                 if table[index] < 0:
                     break
                 pool.free(table[index])

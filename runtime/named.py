@@ -1,0 +1,83 @@
+"""Named sessions between their uses: one folder each on disk, the longest unused deleted where all together are too large.
+
+    FOLDER/<sha256 of the name>/name.txt, 0.seq, 1.seq, …
+
+A session's folder is replaced as a whole, so that what is there is of one moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import OptionError, RequestError, SavedSequenceError
+from ..models.staging import StagedFolder
+from .saved import SavedSequence, read_sequence, write_sequence
+
+_NAME = "name.txt"
+
+
+class NamedSessions:
+    """The sessions that `folder` holds, `limit` bytes of them at most (None: no limit). Safe from several threads of one process."""
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self._folder, self._limit = folder, limit
+        self._lock = threading.Lock()
+        self._open: set[str] = set()
+        self.num_evicted = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"session_folder={str(folder)!r} can't be made: {error.strerror}") from error
+
+    def claim(self, name: str) -> None:
+        """Takes a name for one session. RequestError where another has it."""
+        with self._lock:
+            if name in self._open:
+                raise RequestError(f"the session {name!r} is open", hint="close it first, or choose another name")
+            self._open.add(name)
+
+    def release(self, name: str) -> None:
+        with self._lock:
+            self._open.discard(name)
+
+    def load(self, name: str, fingerprint: str) -> list[SavedSequence]:
+        """The sequences of a session, in order; none where it is new. SavedSequenceError where one can't be used."""
+        folder = self._of(name)
+        files = sorted(folder.glob("*.seq"), key=lambda file: int(file.stem)) if folder.is_dir() else []
+        return [read_sequence(file, fingerprint) for file in files]
+
+    def store(self, name: str, sequences: Sequence[SavedSequence]) -> None:
+        """Puts a session's sequences in the place of what was there; SavedSequenceError (and the old ones stay) where that fails."""
+        with StagedFolder(self._of(name), replaceable=_is_session, error=SavedSequenceError) as staged:
+            (staged.folder / _NAME).write_text(name, encoding="utf-8")
+            for index, sequence in enumerate(sequences):
+                write_sequence(staged.folder / f"{index}.seq", sequence)
+            staged.commit()
+        self._make_room(keep=self._of(name))
+
+    def _of(self, name: str) -> Path:
+        # A name may be any text, and some are no file names.
+        return self._folder / hashlib.sha256(name.encode()).hexdigest()
+
+    def _make_room(self, keep: Path) -> None:
+        with self._lock:
+            open_now = {self._of(name) for name in self._open}
+            sessions = sorted((folder for folder in self._folder.iterdir() if _is_session(folder)), key=lambda folder: folder.stat().st_mtime_ns)
+            sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in sessions}
+            excess = 0 if self._limit is None else sum(sizes.values()) - self._limit
+            for folder in sessions:
+                if excess <= 0:
+                    break
+                if folder != keep and folder not in open_now:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    self.num_evicted += 1
+                    excess -= sizes[folder]
+
+
+def _is_session(folder: Path) -> bool:
+    """Holds nothing but what `store` writes."""
+    return folder.is_dir() and (folder / _NAME).is_file() and all(file.name == _NAME or file.suffix == ".seq" for file in folder.iterdir())

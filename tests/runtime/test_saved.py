@@ -1,0 +1,269 @@
+"""Sequences in files: the same bits after a restart, on every kind; what is damaged or another's is refused and nothing else is touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import octavo
+import pytest
+from octavo.errors import CapacityError, OptionError, RequestError, SavedSequenceError
+from octavo.runtime import saved as saved_module
+
+RNG = np.random.default_rng(8)
+IDS = RNG.integers(3, 300, 45).tolist()
+NEXT = RNG.integers(3, 300, 6).tolist()
+
+
+def grown(model, ids=IDS):
+    sequence = model.begin_session().new_sequence()
+    sequence.append(ids)
+    return sequence
+
+
+@pytest.mark.parametrize("name", ["paged", "paged_fp16", "paged_int8", "paged_hybrid", "contiguous", "stateless", "baseline"])
+def test_a_restored_sequence_goes_on_with_the_same_bits(name, paths, op_library, tmp_path):
+    options = octavo.RuntimeOptions(threads=1, block_size=16, prefix_cache=False)
+    with octavo.load(getattr(paths, name), options=options) as model:
+        sequence = grown(model)
+        sequence.save(tmp_path / "a.seq")
+        expected = sequence.append(NEXT, rows="all")
+    with octavo.load(getattr(paths, name), options=options) as model:
+        session = model.begin_session()
+        restored = session.restore(tmp_path / "a.seq")
+        assert restored.tokens == tuple(IDS)
+        before = model.stats()["tokens"]
+        np.testing.assert_array_equal(restored.append(NEXT, rows="all"), expected)
+        if name.startswith("paged"):
+            assert model.stats()["tokens"] - before == 45 - 32 + 6, "two blocks were there"
+        again = session.restore(tmp_path / "a.seq")
+        again.truncate(20)
+        np.testing.assert_array_equal(again.append(IDS[20:] + NEXT, rows="all")[-6:], expected)
+
+
+def test_another_process_goes_on_with_the_same_bits(paths, op_library, tmp_path):
+    with octavo.load(paths.paged_int8, options=octavo.RuntimeOptions(threads=1)) as model:
+        sequence = grown(model)
+        sequence.save(tmp_path / "a.seq")
+        expected = sequence.append(NEXT)
+    code = (
+        "import octavo, sys, numpy as np; m = octavo.load(sys.argv[1]); s = m.begin_session().restore(sys.argv[2]);"
+        f"np.save(sys.argv[3], s.append({NEXT}))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(paths.paged_int8), str(tmp_path / "a.seq"), str(tmp_path / "out.npy")], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_another_block_size_computes_again(paths, op_library, tmp_path):
+    with octavo.load(paths.paged, options=octavo.RuntimeOptions(threads=1, block_size=16)) as model:
+        sequence = grown(model)
+        sequence.save(tmp_path / "a.seq")
+        expected = sequence.append(NEXT)
+    with octavo.load(paths.paged, options=octavo.RuntimeOptions(threads=1, block_size=32)) as model:
+        np.testing.assert_array_equal(model.begin_session().restore(tmp_path / "a.seq").append(NEXT), expected)
+        assert model.stats()["tokens_recomputed"] == 32
+
+
+def test_a_file_holds_nothing_of_others(paged, tmp_path):
+    """The slots behind a sequence's end keep what was there before; a file must not."""
+    session = paged.begin_session()
+    session.new_sequence().append(IDS)                   # its blocks are free again
+    short, alone = session.new_sequence(salt="x"), session.new_sequence(salt="y")
+    short.append(IDS[:20])
+    short.save(tmp_path / "a.seq")
+    state = saved_module.read_sequence(tmp_path / "a.seq", paged.fingerprint)
+    assert state.cache.length == 16 and all(array.shape[0] == 1 for array in state.cache.arrays)
+    assert state.scope == "x"
+    alone.append(IDS[:1])
+
+
+def _damage(kind, data):
+    if kind == "empty":
+        return b""
+    if kind == "truncated":
+        return data[:-100]
+    if kind == "one bit":
+        return data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]
+    if kind == "other magic":
+        return b"X" + data[1:]
+    if kind == "longer":
+        return data + b"x"
+    if kind == "huge header":
+        return data[:8] + (2**32 - 1).to_bytes(4, "little") + data[12:]
+    header_size = int.from_bytes(data[8:12], "little")
+    header = json.loads(data[12 : 12 + header_size])
+    header.update({"version": {"format_version": 99}, "no layout": {"layout": 3}, "too long": {"length": 4096},
+                   "negative": {"arrays": [{"dtype": "float32", "shape": [-1]}]}, "object": {"arrays": [{"dtype": "object", "shape": [1]}]}}[kind])
+    text = json.dumps(header).encode()
+    return data[:8] + len(text).to_bytes(4, "little") + text + data[12 + header_size :]
+
+
+DAMAGES = ("empty", "truncated", "one bit", "other magic", "longer", "huge header", "version", "no layout", "too long", "negative", "object")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_refused_and_nothing_is_lost(paged, tmp_path, kind, tools):
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    (tmp_path / "a.seq").write_bytes(_damage(kind, (tmp_path / "a.seq").read_bytes()))
+    before = paged.stats()
+    with pytest.raises(SavedSequenceError):
+        paged.begin_session().restore(tmp_path / "a.seq")
+    assert paged.stats() == before
+    sequence.append(NEXT)
+
+
+def test_another_models_file_is_refused(paths, op_library, paged, tmp_path):
+    with octavo.load(paths.paged_fp16) as other:
+        grown(other).save(tmp_path / "a.seq")
+    with pytest.raises(SavedSequenceError, match="another model"):
+        paged.begin_session().restore(tmp_path / "a.seq")
+    with pytest.raises(SavedSequenceError, match="can't be read"):
+        paged.begin_session().restore(tmp_path / "none.seq")
+
+
+def test_arrays_that_are_no_cache_of_the_model(paged, tmp_path):
+    """The checksum holds, the model is the right one, and the arrays are not what its cache has."""
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    state = saved_module.read_sequence(tmp_path / "a.seq", paged.fingerprint)
+    cut = saved_module.CacheState(state.cache.layout, 32, tuple(array[:, :1] for array in state.cache.arrays))
+    saved_module.write_sequence(tmp_path / "b.seq", saved_module.SavedSequence(state.fingerprint, None, state.tokens, cut))
+    before = paged.stats()
+    with pytest.raises(SavedSequenceError, match="none of this model's"):
+        paged.begin_session().restore(tmp_path / "b.seq")
+    assert paged.stats() == before
+
+
+def test_a_full_disk_leaves_the_old_file(paged, tmp_path, monkeypatch):
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    old = (tmp_path / "a.seq").read_bytes()
+    sequence.append(NEXT)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SavedSequenceError, match="No space left"):
+        sequence.save(tmp_path / "a.seq")
+    assert (tmp_path / "a.seq").read_bytes() == old and os.listdir(tmp_path) == ["a.seq"]
+    sequence.append(NEXT)
+
+
+def test_no_room_is_said(tools, paths, op_library, tmp_path):
+    with tools.small_paged(paths, 4) as model:
+        sequence = grown(model)
+        sequence.save(tmp_path / "a.seq")
+        with pytest.raises(CapacityError):
+            model.begin_session().restore(tmp_path / "a.seq")
+        sequence.append(NEXT[:1])
+
+
+def test_a_path_is_a_path(paged, tmp_path):
+    sequence = grown(paged)
+    sequence.save(str(tmp_path / "a.seq"))
+    sequence.save(Path(tmp_path / "a.seq"))
+    with pytest.raises(SavedSequenceError, match="can't be written"):
+        sequence.save(tmp_path / "no" / "a.seq")
+
+
+# --- named sessions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(paths, op_library, tmp_path):
+    """Loads the tiny model with a place for named sessions."""
+    def load(name="paged", **options):
+        given = {"threads": 1, "block_size": 16, "session_folder": tmp_path / "sessions", **options}
+        return octavo.load(getattr(paths, name), options=octavo.RuntimeOptions(**given))
+    return load
+
+
+@pytest.mark.parametrize("name", ["paged", "contiguous"])
+def test_a_named_session_is_there_again(named, name):
+    with named(name) as model, model.begin_session(name="ada/ü") as session:
+        first, second = session.new_sequence(), session.new_sequence()
+        first.append(IDS)
+        second.append(IDS[:7])
+        session.new_sequence().close()
+        expected = first.fork()
+        logits = expected.append(NEXT)
+        expected.close()
+    with named(name) as model:
+        session = model.begin_session(name="ada/ü")
+        assert [sequence.tokens for sequence in session.sequences] == [tuple(IDS), tuple(IDS[:7])]
+        np.testing.assert_array_equal(session.sequences[0].append(NEXT), logits)
+        session.sequences[1].close()
+        session.close()
+        assert model.begin_session().sequences == () and model.begin_session(name="bob").sequences == ()
+        [again] = model.begin_session(name="ada/ü").sequences
+        assert again.tokens == (*IDS, *NEXT)
+
+
+def test_a_name_is_one_sessions_at_a_time(named):
+    with named() as model:
+        session = model.begin_session(name="a")
+        with pytest.raises(RequestError, match="open"):
+            model.begin_session(name="a")
+        session.close()
+        model.begin_session(name="a")     # dropped: free again
+        model.begin_session(name="a").close()
+
+
+def test_the_longest_unused_session_goes_first(named):
+    with named(session_disk="40 kB") as model:
+        for name in "abcd":
+            session = model.begin_session(name=name)
+            session.new_sequence().append(IDS[:17])     # one block: 8 kB, and its tokens
+            session.close()
+            if name == "c":
+                session = model.begin_session(name="a")  # used again
+                session.close()
+        for _ in range(2):
+            session = model.begin_session(name="e")
+            session.new_sequence().append(IDS[:17])
+            session.close()
+        left = [name for name in "abcde" if model.begin_session(name=name).sequences]
+        assert left[-1] == "e" and "b" not in left and "a" in left
+
+
+def test_a_session_that_cannot_be_written_stays_open(named, monkeypatch):
+    with named() as model:
+        session = model.begin_session(name="a")
+        sequence = session.new_sequence()
+        sequence.append(IDS)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+            with pytest.raises(SavedSequenceError, match="No space left"):
+                session.close()
+        sequence.append(NEXT)
+        session.close()
+        assert len(model.begin_session(name="a").sequences[0]) == len(IDS) + len(NEXT)
+
+
+def test_a_damaged_session_says_so(named, tmp_path):
+    with named() as model:
+        session = model.begin_session(name="a")
+        session.new_sequence().append(IDS)
+        session.close()
+        [file] = (tmp_path / "sessions").glob("*/0.seq")
+        file.write_bytes(file.read_bytes()[:-1])
+        for _ in range(2):      # and the name is not taken by the failure
+            with pytest.raises(SavedSequenceError, match=r"0\.seq"):
+                model.begin_session(name="a")
+
+
+def test_names_need_a_folder(paged, named, tmp_path):
+    with pytest.raises(OptionError, match="session_folder"):
+        paged.begin_session(name="a")
+    with named() as model, pytest.raises(OptionError, match="text"):
+        model.begin_session(name=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="can't be made"):
+        named(session_folder=tmp_path / "file" / "x")
