@@ -57,6 +57,18 @@ class CapacityError(OctavoError):
     """The context is longer than the model or the block pool allows, or the memory budget holds no model at all."""
 
 
+class QueueFullError(CapacityError):
+    """So many requests wait already that another is not taken. `retry_after` is an estimate, in seconds, of when one will be."""
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class DeadlineError(OctavoError):
+    """A request's deadline passed before it had ended; it was given up."""
+
+
 class SavedSequenceError(OctavoError):
     """A saved sequence is missing, damaged, of another version or of another model, or can't be written."""
 

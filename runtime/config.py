@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 from ..custom_ops.contract import BLOCK_SIZES
 from ..errors import OptionError
+from .pace import Policy
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -24,6 +26,12 @@ class RuntimeOptions:
     block_size: 16, 32, 64, 128 or 256 token slots of a cache block. Small blocks waste less at a sequence's end, large ones need shorter
         tables. Acts on `paged` models.
     batching: True computes several sequences in one step where the kind can; False always one, first come, first served.
+    max_sequences: 1 … 4096 sequences in one step. Idle sequences don't count; they cost blocks, and may be dropped where those run short, and
+        computed again to the same bits.
+    max_step_tokens: 16 … 65536 tokens in one step: what a stream's longest gap, and the memory of a step, are bounded by.
+    max_waiting: requests that may wait for a place; one more is refused with QueueFullError. None: any number.
+    policy: how long streams' gaps may get while prompts are computed beside them: "latency" about 1.4 times as long as without, "auto" about
+        2.3 times, "throughput" as long as a step takes. Acts on `paged` models.
     prefix_cache: True keeps the blocks of sequences that have ended, as long as nothing else needs them, for those that begin alike. Acts on
         `paged` models.
     session_folder: where named sessions are kept between their uses; None: there are none.
@@ -35,6 +43,10 @@ class RuntimeOptions:
     memory: int | str | None = None
     block_size: int = 32
     batching: bool = True
+    max_sequences: int = 32
+    max_step_tokens: int = 512
+    max_waiting: int | None = None
+    policy: Policy = "auto"
     prefix_cache: bool = True
     optimize_graph: bool = True
     session_folder: str | os.PathLike[str] | None = None
@@ -50,6 +62,12 @@ class RuntimeOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False")
         if self.session_folder is not None and not isinstance(self.session_folder, str | os.PathLike):
             raise OptionError(f"session_folder={self.session_folder!r} is not a path")
+        for name, least, most in (("max_sequences", 1, 4096), ("max_step_tokens", 16, 65536), ("max_waiting", 0, 2**31)):
+            value = getattr(self, name)
+            if not (_is_int(value) and least <= value <= most) and not (name == "max_waiting" and value is None):
+                raise OptionError(f"{name}={value!r} is not in {least} … {most}")
+        if self.policy not in get_args(Policy):
+            raise OptionError(f"policy={self.policy!r} is not one of {', '.join(map(repr, get_args(Policy)))}")
         for name in ("memory", "session_disk"):
             if getattr(self, name) is not None:
                 parse_size(getattr(self, name), name)

@@ -7,12 +7,14 @@ threads' sequences share steps, and a program with one thread has no other.
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ..errors import CapacityError, OctavoError, StepError
+from ..errors import CapacityError, DeadlineError, OctavoError, QueueFullError, StepError
 from .decisions import DecisionLog
 from .executor import Executor, Logits
+from .pace import Pace, Policy
 from .plan import SequenceState, Slice, StepPlan
 from .request import AppendRequest, GenerateRequest, Request
 from .scheduler import Schedule, Scheduler
@@ -56,12 +58,20 @@ class Turn:
 class Engine:
     """One per model. Everything that touches the executor or the scheduler happens under `turn`."""
 
-    def __init__(self, executor: Executor, decisions: DecisionLog) -> None:
+    def __init__(self, executor: Executor, decisions: DecisionLog, *, policy: Policy = "auto", max_waiting: int | None = None) -> None:
         self.turn = Turn()
         self.executor = executor
         self.counters: Counter[str] = Counter()
+        self.clock = time.monotonic
         self._decisions = decisions
-        self._scheduler: Scheduler[Request] = Scheduler(executor.limits, executor)
+        self._scheduler: Scheduler[Request] = Scheduler(executor.limits, executor, self._drop_idle)
+        self._pace = Pace(policy, executor.limits.max_tokens)
+        self._max_waiting = max_waiting
+        self._timed: set[Request] = set()       # requests with a deadline
+        self._last_end: float | None = None
+        self._seconds_per_request = 1.0         # between two that end, on average
+        # Sequences with something cached that nobody computes, the longest untouched first.
+        self._idle: OrderedDict[SequenceState, None] = OrderedDict()
         # Filled by finalizers, which may run anywhere, even in the middle of a step; emptied by the next step.
         self._dropped: deque[Callable[[], None]] = deque()
 
@@ -79,16 +89,26 @@ class Engine:
             raise
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Under the turn. Queues requests; an append for which there is no room now raises CapacityError, and none is queued."""
+        """Under the turn. Queues requests, all or none.
+
+        Raises CapacityError for an append for which there is no room now, QueueFullError, and DeadlineError for one that is late already.
+        """
         requests = list(requests)
         self.collect_dropped()
+        self._refuse(requests)
+        for request in requests:
+            self._idle.pop(request.sequence, None)
         for at, request in enumerate(requests):
             if not request.preemptable and not self._scheduler.make_room(request, len(request.sequence.tokens)):
                 for earlier in requests[:at]:
                     self.executor.unreserve(earlier.sequence)
+                for other in requests:
+                    self.rest(other.sequence)
                 raise self._no_room(request)
         for request in requests:
             self._scheduler.add(request, admitted=not request.preemptable)
+            if request.deadline is not None:
+                self._timed.add(request)
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """Under the turn. Ends requests that nobody waits for any more; an append leaves its sequence as it was."""
@@ -112,6 +132,7 @@ class Engine:
         return {
             **self.executor.stats(), "steps": self.counters["steps"], "tokens": self.counters["tokens"], "forks": self.counters["forks"],
             "failed_steps": self.counters["failed_steps"], "preemptions": self._scheduler.num_preemptions,
+            "idle_drops": self.counters["idle_drops"], "sequences_idle": len(self._idle),
             "requests_waiting": self._scheduler.num_waiting, "requests_running": self._scheduler.num_running,
         }
 
@@ -120,9 +141,38 @@ class Engine:
         self._scheduler.check()
         self.executor.check()
 
+    def rest(self, sequence: SequenceState) -> None:
+        """Under the turn. Nobody computes this sequence for now: what it has cached may be dropped where room lacks."""
+        if sequence.cache is not None and sequence.num_cached:
+            self._idle[sequence] = None
+
+    def _drop_idle(self) -> bool:
+        while self._idle:
+            sequence, _ = self._idle.popitem(last=False)
+            if sequence.num_cached:
+                self.counters.update(idle_drops=1)
+                self.executor.truncate(sequence, 0)
+                return True
+        return False
+
+    def _refuse(self, requests: Sequence[Request]) -> None:
+        if any(request.deadline is not None and request.deadline <= self.clock() for request in requests):
+            raise DeadlineError("the deadline has passed", hint="give the request more time")
+        waiting = self._scheduler.num_waiting + sum(request.preemptable for request in requests)
+        if self._max_waiting is not None and waiting > self._max_waiting + max(0, self.executor.limits.max_sequences - self._scheduler.num_running):
+            raise QueueFullError(
+                f"the queue is full: {self._scheduler.num_waiting} requests wait, max_waiting={self._max_waiting}",
+                hint=f"try again in {self._seconds_per_request:.1f} s", retry_after=self._seconds_per_request,
+            )
+
     def _step(self) -> None:
         self.collect_dropped()
-        schedule = self._scheduler.schedule()
+        if self._timed:
+            now = self.clock()
+            for late in [request for request in self._timed if request.deadline is not None and request.deadline <= now]:
+                self._fail(late, DeadlineError("the deadline has passed"))
+        decoding = self._scheduler.num_decoding
+        schedule = self._scheduler.schedule(self._pace.prompt_tokens(decoding))
         for request in schedule.starved:
             self._fail(request, self._no_room(request))
         unread = dict(zip(schedule.requests, schedule.plan.slices))
@@ -147,7 +197,10 @@ class Engine:
         if not plan.slices:
             return
         try:
+            start = self.clock()
             outcomes: Sequence[Logits | OctavoError] = self.executor.execute(plan)
+            decoding = sum(part.start > 0 and part.stop - part.start == 1 for part in plan.slices)
+            self._pace.observe(decoding, plan.num_tokens - decoding, self.clock() - start)
             self.counters.update(steps=1, tokens=plan.num_tokens)
         except OctavoError as error:
             self._record(error, plan)
@@ -185,6 +238,7 @@ class Engine:
 
     def close(self, sequence: SequenceState) -> None:
         """Under the turn. Frees a sequence; twice is fine."""
+        self._idle.pop(sequence, None)
         if sequence.cache is not None:
             self.executor.close(sequence)
             sequence.cache = None
@@ -195,6 +249,11 @@ class Engine:
 
     def _retire(self, request: Request, *, undo: bool = False) -> None:
         self._scheduler.remove(request)
+        self._timed.discard(request)
+        now = self.clock()
+        if self._last_end is not None:
+            self._seconds_per_request += 0.2 * (now - self._last_end - self._seconds_per_request)
+        self._last_end = now
         if request.sequence.cache is None:
             return      # its sequence was dropped together with it
         if isinstance(request, GenerateRequest) and request.generation.owns_sequence:
@@ -204,6 +263,7 @@ class Engine:
         if undo and isinstance(request, AppendRequest):
             self.executor.truncate(request.sequence, request.length_before)
             del request.sequence.tokens[request.length_before :]
+        self.rest(request.sequence)
 
     def _record(self, error: OctavoError, plan: StepPlan) -> None:
         self.counters.update(failed_steps=1)

@@ -14,11 +14,6 @@ from .saved import CacheState
 Logits = NDArray[np.float32]
 """float32 (rows, V)."""
 
-# Sequences of one step. Enough to turn decoding from memory-bound to compute-bound on the CPUs this is for.
-MAX_SEQUENCES = 32
-# Tokens of one step: long enough that a prefill runs at full speed, short enough that a stream beside it is not held up for long.
-MAX_STEP_TOKENS = 512
-
 
 class Executor(Protocol):
     """Owns the caches of all sequences of a model, and the onnxruntime session that fills them. Used by one thread at a time.

@@ -22,6 +22,7 @@ from .model import Model, default_params, file_bytes
 from .named import NamedSessions
 from .ort_session import open_session, session_interface
 from .paged import PagedExecutor
+from .plan import Limits
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer, read_json
 
@@ -119,8 +120,8 @@ def _paged(manifest: Manifest, session: Any, options: RuntimeOptions, log: Decis
     log.load("batching", "on" if options.batching else "off", "batching=True" if options.batching else "batching=False was asked for")
     log.load("prefix_cache", "on" if options.prefix_cache else "off", f"prefix_cache={options.prefix_cache}")
     return PagedExecutor(
-        session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, batching=options.batching,
-        prefix_cache=options.prefix_cache,
+        session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size,
+        prefix_cache=options.prefix_cache, limits=Limits(options.max_sequences if options.batching else 1, options.max_step_tokens),
     )
 
 
@@ -155,7 +156,7 @@ def _model(
         log.load("sampling defaults", "standard", f"generation_config.json is out of range: {error}", where="generation_config.json")
     return Model(
         kind, session, interface, executor, decisions=log, tokenizer=Tokenizer.open(folder), default_params=params, model_bytes=model_bytes,
-        fingerprint=fingerprint, named=_named(options),
+        fingerprint=fingerprint, named=_named(options), policy=options.policy, max_waiting=options.max_waiting,
     )
 
 

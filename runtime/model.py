@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import weakref
@@ -24,12 +25,13 @@ from .embed import Embedder, Pooling
 from .engine import Engine
 from .executor import Executor, step_error
 from .named import NamedSessions
+from .pace import Policy
 from .plan import SequenceState
 from .prompt import as_prompts, check_ids, encode_prompt
 from .request import GenerateRequest, Generation
 from .results import Result
 from .sampling import SamplingParams
-from .session import Session, append, check_length
+from .session import Session, append, check_length, check_priority, check_salt
 from .stream import PieceStream
 from .text import TextStream
 from .tokenizer import Tokenizer
@@ -46,12 +48,12 @@ class Model:
     def __init__(
         self, kind: Kind, session: ort.InferenceSession, interface: GraphInterface, executor: Executor | str, *, decisions: DecisionLog,
         tokenizer: Tokenizer | None, default_params: SamplingParams, model_bytes: int, fingerprint: Callable[[], str],
-        named: NamedSessions | None = None,
+        named: NamedSessions | None = None, policy: Policy = "auto", max_waiting: int | None = None,
     ) -> None:
         """`executor` is a text where the graph is no decoder: the reason. `fingerprint` may read the model's files."""
         self._kind, self._session, self._interface = kind, session, interface
         self._decisions, self._model_bytes = decisions, model_bytes
-        self._engine = None if isinstance(executor, str) else Engine(executor, decisions)
+        self._engine = None if isinstance(executor, str) else Engine(executor, decisions, policy=policy, max_waiting=max_waiting)
         self._no_decoder = executor if isinstance(executor, str) else ""
         self._fingerprint, self._named = fingerprint, named
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -87,8 +89,9 @@ class Model:
         """Counters and sizes now.
 
         blocks_total, _free, _cached (nobody holds them, kept for prefixes), _used, _shared (of used), _reserved, block_copies, prefix_hits,
-        prefix_hit_tokens, prefix_evictions, tokens_recomputed (before a window), cache_bytes (`paged` only); sequences (open),
-        steps, tokens (computed), forks, failed_steps, preemptions, requests_waiting, requests_running; model_bytes (files).
+        prefix_hit_tokens, prefix_evictions, tokens_recomputed (before a window), cache_bytes (`paged` only); sequences (open), sequences_idle
+        (of those: something cached, nothing to do), idle_drops, steps, tokens (computed), forks, failed_steps, preemptions, requests_waiting,
+        requests_running; model_bytes (files).
         """
         self.check_open()
         if self._engine is None:
@@ -156,15 +159,22 @@ class Model:
         self._sessions.add(session)
         return session
 
-    def generate(self, prompts: Any, params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self, prompts: Any, params: SamplingParams | None = None, *, priority: int = 0, deadline: float | None = None, salt: str | None = None,
+    ) -> list[Result]:
         """Completes one prompt or several (text, chat messages or token ids), together where the kind can. One Result per prompt, in order.
 
-        `params` None: `default_params`. Raises RequestError, CapacityError or UnsupportedError before anything has begun; what fails later
-        ends with finish_reason "error".
+        params      None: `default_params`.
+        priority    higher comes first.
+        deadline    seconds from now; what has not ended then ends with finish_reason "error".
+        salt        prompts of different salts (tenants, say) never share cached prefixes.
+
+        Raises RequestError, OptionError, CapacityError (QueueFullError where too many wait), DeadlineError or UnsupportedError before anything
+        has begun; what fails later ends with finish_reason "error".
         """
         engine = self.engine
         encoded = [encode_prompt(prompt, self.tokenizer, engine.executor.vocab_size) for prompt in as_prompts(prompts)]
-        generations = self._begin([(ids, None) for ids in encoded], params)
+        generations = self._begin([(ids, None) for ids in encoded], params, priority=priority, deadline=deadline, salt=salt)
         try:
             for generation in generations:
                 engine.run(generation.requests, lambda generation=generation: generation.done)  # type: ignore[misc]
@@ -175,19 +185,21 @@ class Model:
             raise
         return [generation.result() for generation in generations]
 
-    def stream(self, prompt: Any, params: SamplingParams | None = None) -> PieceStream:
-        """Completes one prompt, piece by piece. Errors in what is asked are raised here, not at the first piece."""
+    def stream(
+        self, prompt: Any, params: SamplingParams | None = None, *, priority: int = 0, deadline: float | None = None, salt: str | None = None,
+    ) -> PieceStream:
+        """Completes one prompt, piece by piece; as `generate`. Errors in what is asked are raised here, not at the first piece."""
         prompts = as_prompts(prompt)
         if len(prompts) != 1:
             raise RequestError(f"stream takes one prompt, not {len(prompts)}", hint="generate takes several")
         ids = encode_prompt(prompts[0], self.tokenizer, self.engine.executor.vocab_size)
-        return PieceStream(self.engine, self._begin([(ids, None)], params)[0])
+        return PieceStream(self.engine, self._begin([(ids, None)], params, priority=priority, deadline=deadline, salt=salt)[0])
 
-    def begin_generation(self, tokens: list[int], params: SamplingParams, state: SequenceState) -> Generation:
+    def begin_generation(self, state: SequenceState, params: SamplingParams, deadline: float | None) -> Generation:
         """Queues the continuation of a sequence (used by Sequence)."""
-        if not tokens:
+        if not state.tokens:
             raise RequestError("the sequence is empty", hint="append() a prompt first")
-        return self._begin([(tokens, state)], params)[0]
+        return self._begin([(state.tokens, state)], params, deadline=deadline)[0]
 
     def close(self) -> None:
         """Closes its sessions and lets go of session and caches. Closing twice is fine.
@@ -216,7 +228,10 @@ class Model:
         if self._closed:
             raise RequestError("the model is closed", hint="load it again")
 
-    def _begin(self, work: list[tuple[list[int], SequenceState | None]], params: SamplingParams | None) -> list[Generation]:
+    def _begin(
+        self, work: list[tuple[list[int], SequenceState | None]], params: SamplingParams | None, *, priority: int = 0,
+        deadline: float | None = None, salt: str | None = None,
+    ) -> list[Generation]:
         """Checks all, then queues all."""
         engine = self.engine
         params = self.default_params if params is None else params
@@ -225,22 +240,35 @@ class Model:
         if params.stop_strings and self.tokenizer is None:
             raise UnsupportedError("stop strings need a tokenizer, and the model has none", hint="use stop_token_ids")
         params.check_vocab(engine.executor.vocab_size)
-        generations = [self._generation(ids, params, owns=state is None) for ids, state in work]
+        check_priority(priority)
+        check_salt(salt)
+        if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, int | float) or not math.isfinite(deadline)):
+            raise OptionError(f"deadline={deadline!r} is not a number of seconds")
+        end = None if deadline is None else engine.clock() + deadline
+        generations = [self._generation(ids, params, owns=state is None, deadline=end) for ids, state in work]
         texts = [None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings) for ids, _ in work]
         with engine.turn:
             engine.collect_dropped()
             for (ids, state), generation, text in zip(work, generations, texts):
                 if state is None:
-                    state = engine.executor.open()
+                    state = engine.executor.open(salt)
+                    state.priority = priority
                     state.tokens.extend(ids)
                 else:
                     # The last token's logits are needed again: computing one row anew costs less than keeping V floats per sequence.
                     engine.executor.truncate(state, len(ids) - 1)
                 generation.requests.append(GenerateRequest(state, generation, 0, text))
-            engine.submit([generation.requests[0] for generation in generations])
+            requests = [generation.requests[0] for generation in generations]
+            try:
+                engine.submit(requests)
+            except BaseException:
+                for request in requests:
+                    if request.generation.owns_sequence:
+                        engine.close(request.sequence)
+                raise
         return generations
 
-    def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool) -> Generation:
+    def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool, deadline: float | None) -> Generation:
         executor = self.engine.executor
         length = len(ids)
         check_length(self.engine, length)
@@ -259,7 +287,7 @@ class Model:
         # A configuration may name ids that the logits don't have (−1 for "none"): such a token never comes, and can't be banned.
         eos = frozenset(token for token in eos if 0 <= token < executor.vocab_size)
         return Generation(
-            prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns,
+            prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns, deadline=deadline,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
         )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..custom_ops.contract import CACHE_LAYOUT
 from ..errors import ArtifactError, SavedSequenceError
 from ..models.spec import ModelSpec
-from .executor import MAX_SEQUENCES, MAX_STEP_TOKENS, Logits, step_error
+from .executor import Logits, step_error
 from .kv.store import BlockStore
 from .kv.tables import BlockTables, Extension, SequenceBlocks
 from .plan import Limits, SequenceState, StepPlan
@@ -26,11 +26,11 @@ from .saved import CacheState
 class PagedExecutor:
     """An Executor over `PagedAttention`."""
 
-    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, batching: bool, prefix_cache: bool) -> None:
+    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, limits: Limits, prefix_cache: bool) -> None:
         self.vocab_size = spec.vocab_size
         self.max_context: int | None = spec.max_context
         self.max_cached: int | None = num_blocks * block_size
-        self.limits = Limits(MAX_SEQUENCES if batching else 1, MAX_STEP_TOKENS)
+        self.limits = limits
         self._tables = BlockTables([group.window for group in spec.cache_groups], num_blocks, block_size, prefix_cache=prefix_cache)
         self._store = BlockStore(spec, num_blocks, block_size)
         self._feed = _Feed(session, spec, self._store, self.limits, block_size)

@@ -10,13 +10,15 @@ from typing import Any
 class SequenceState:
     """A growing sequence. tokens[:num_cached] have their keys and values in `cache`, tokens[num_cached:] are still to be computed.
 
-    Sequences of one `scope` may share what is cached. `cache` belongs to the executor that opened it; only that executor changes `cache` and `num_cached`.
+    Work on a sequence of higher `priority` comes first. Sequences of one `scope` may share what is cached. `cache` belongs to the executor that
+    opened it; only that executor changes `cache` and `num_cached`.
     """
 
     tokens: list[int]
     cache: Any
     num_cached: int = 0
     scope: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ class Request:
 
     preemptable = True
 
-    def __init__(self, sequence: SequenceState, first_row: int) -> None:
+    def __init__(self, sequence: SequenceState, first_row: int, *, deadline: float | None = None) -> None:
         self.sequence = sequence
         self.first_row = first_row
+        self.priority = sequence.priority
+        self.deadline = deadline        # on the engine's clock
         self.done = False
-        self.last_turn = -1
+        self.arrival = self.last_turn = -1
 
     @property
     def num_pending(self) -> int:
@@ -81,6 +83,7 @@ class Generation:
     seed: int
     limit: int                     # most tokens a completion may get
     owns_sequence: bool            # the sequence is the request's own and closed with it
+    deadline: float | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
     pieces: deque[Piece] = field(default_factory=deque)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -105,7 +108,7 @@ class GenerateRequest(Request):
 
     def __init__(self, sequence: SequenceState, generation: Generation, index: int, text: TextStream | None) -> None:
         prompted = generation.params.prompt_logprobs is not None and index == 0
-        super().__init__(sequence, 0 if prompted else len(generation.prompt) - 1)
+        super().__init__(sequence, 0 if prompted else len(generation.prompt) - 1, deadline=generation.deadline)
         self.generation = generation
         self.index = index
         self.output: list[int] = []

@@ -1,13 +1,15 @@
-"""Which requests run in the next step, and how many of their tokens. Policy on integers only: no arrays, no sessions.
+"""Which requests run in the next step, and how many of their tokens. Policy on integers only: no arrays, no sessions, no clocks.
 
-First come, first served. A request is admitted when the memory for all tokens it has so far is promised; then every step takes one token of
-each decoding request and fills what is left of the token budget with prompts, in chunks. Where memory runs out, the youngest request gives
-its cache back and waits; it is recomputed from its tokens later. An `append` is never put off that way: what it needs was promised at once.
+Higher priority first, and within one first come, first served. A request is admitted when the memory for all tokens it has so far is promised;
+then every step takes one token of each decoding request and fills what is left of the token budget with prompts, in chunks. Where memory
+runs out, sequences that nobody is computing give up what they have cached, then the last in that order gives its cache back and waits; it
+is recomputed from its tokens later. An `append` is never put off that way: what it needs was promised at once.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -29,6 +31,8 @@ class Schedulable(Protocol):
     sequence: SequenceState
     first_row: int
     preemptable: bool
+    priority: int
+    arrival: int
     last_turn: int
 
     @property
@@ -50,13 +54,17 @@ class Schedule(Generic[R]):
 
 
 class Scheduler(Generic[R]):
-    def __init__(self, limits: Limits, memory: Memory) -> None:
+    """`give_up` takes the cache of a sequence that nobody computes at the moment; False where there is none left."""
+
+    def __init__(self, limits: Limits, memory: Memory, give_up: Callable[[], bool] = lambda: False) -> None:
         self.limits = limits
         self.num_preemptions = 0
         self._memory = memory
-        self._waiting: deque[R] = deque()
-        self._running: list[R] = []     # oldest first
+        self._give_up = give_up
+        self._waiting: list[R] = []     # both in order of rank
+        self._running: list[R] = []
         self._turn = 0
+        self._arrivals = 0
 
     @property
     def num_waiting(self) -> int:
@@ -66,12 +74,16 @@ class Scheduler(Generic[R]):
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_decoding(self) -> int:
+        """Rows of the next step that go on with a sequence, token by token."""
+        return min(sum(map(_decodes, self._running)), self.limits.max_sequences)
+
     def add(self, request: R, *, admitted: bool = False) -> None:
         """Queues a request. `admitted`: its memory is there already (an append's promise, a fork's shared blocks)."""
-        if admitted:
-            self._running.append(request)
-        else:
-            self._waiting.append(request)
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        insort(self._running if admitted else self._waiting, request, key=_rank)
 
     def remove(self, request: R) -> None:
         """Forgets a request, wherever it is."""
@@ -81,32 +93,41 @@ class Scheduler(Generic[R]):
             self._waiting.remove(request)
 
     def make_room(self, request: R, stop: int) -> bool:
-        """Promises `request` the memory for `stop` tokens, at the cost of younger requests if need be (of any, if it is not running)."""
+        """Promises `request` the memory for `stop` tokens, at the cost of idle sequences, then of those that come after it.
+
+        Of any of its priority or below, if it is not running.
+        """
         while not self._reserve(request, stop):
-            younger = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
-            victim = next((r for r in reversed(younger) if r.preemptable), None)
+            if self._give_up():
+                continue
+            after = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
+            victim = next((r for r in reversed(after) if r.preemptable and r.priority <= request.priority), None)
             if victim is None:
                 return False
             self._preempt(victim)
         return True
 
-    def schedule(self) -> Schedule[R]:
+    def schedule(self, prompt_tokens: int | None = None) -> Schedule[R]:
+        """`prompt_tokens`: how many tokens of prompts may join rows that decode; None: as many as the step takes."""
         starved = self._admit()
         chosen: list[tuple[R, int]] = []
         budget = self.limits.max_tokens
         # Decoding requests first, so that no prompt stalls a stream; among them the one that has waited longest.
-        for request in sorted(self._running, key=lambda r: (r.num_pending > 1, r.last_turn if r.num_pending == 1 else 0)):
+        for request in sorted(self._running, key=lambda r: (not _decodes(r), -r.priority, r.last_turn if _decodes(r) else r.arrival)):
             if len(chosen) == self.limits.max_sequences or budget == 0:
                 break
             if request not in self._running:
                 continue    # preempted by one of those before
+            if prompt_tokens is not None and not _decodes(request):
+                budget = prompt_tokens if budget is None else min(budget, prompt_tokens)
+                prompt_tokens = None
             if not self.make_room(request, len(request.sequence.tokens)):
                 starved += self._put_off(request)
                 continue
             count = request.num_pending if budget is None else min(request.num_pending, budget)
             budget = None if budget is None else budget - count
             chosen.append((request, count))
-        # Memory for a later one may have been taken from an earlier, younger one.
+        # Memory for a later one may have been taken from an earlier one that ranks below it.
         kept = [(request, _slice(request, count)) for request, count in chosen if request in self._running]
         for request, _ in kept:
             self._turn += 1
@@ -115,14 +136,23 @@ class Scheduler(Generic[R]):
 
     def _admit(self) -> list[R]:
         starved: list[R] = []
-        while self._waiting and len(self._running) < self.limits.max_sequences:
+        while self._waiting:
             request = self._waiting[0]
-            if self._reserve(request, len(request.sequence.tokens)):
-                self._running.append(self._waiting.popleft())
+            below = next((r for r in reversed(self._running) if r.preemptable and r.priority < request.priority), None)
+            if len(self._running) >= self.limits.max_sequences:
+                if below is None:
+                    break
+                self._preempt(below)
+            elif self._reserve(request, len(request.sequence.tokens)):
+                insort(self._running, self._waiting.pop(0), key=_rank)
+            elif self._give_up():
+                continue
+            elif below is not None:
+                self._preempt(below)
             elif self._running:
                 break       # one of them will end and free its blocks
             else:
-                starved.append(self._waiting.popleft())
+                starved.append(self._waiting.pop(0))
         return starved
 
     def _reserve(self, request: R, stop: int) -> bool:
@@ -150,13 +180,23 @@ class Scheduler(Generic[R]):
         self._running.remove(request)
         self._memory.unreserve(request.sequence)
         self._memory.truncate(request.sequence, 0)
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_rank)
 
     def check(self) -> None:
-        """Every request is in one place, once."""
+        """Every request is in one place, once, and in order."""
         everyone = [id(request) for request in (*self._running, *self._waiting)]
         assert len(set(everyone)) == len(everyone), "a request is queued twice"
         assert all(request.num_pending > 0 for request in (*self._running, *self._waiting)), "a request has nothing to compute"
+        for queue in (self._running, self._waiting):
+            assert queue == sorted(queue, key=_rank), "a queue is out of order"
+
+
+def _decodes(request: Schedulable) -> bool:
+    return request.num_pending == 1 and request.sequence.num_cached > 0
+
+
+def _rank(request: Schedulable) -> tuple[int, int]:
+    return -request.priority, request.arrival
 
 
 def _slice(request: Schedulable, count: int) -> Slice:

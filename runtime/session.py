@@ -63,15 +63,16 @@ class Session:
         self._kept = [sequence for sequence in self._kept if not sequence.closed]
         return tuple(self._kept)
 
-    def new_sequence(self, *, salt: str | None = None) -> Sequence:
-        """An empty sequence. It shares cached prefixes with sequences of the same `salt` alone."""
+    def new_sequence(self, *, priority: int = 0, salt: str | None = None) -> Sequence:
+        """An empty sequence. Its work comes before that of lower `priority`; it shares cached prefixes with sequences of the same `salt` alone."""
         self._check_open()
-        if salt is not None and not isinstance(salt, str):
-            raise OptionError(f"salt={salt!r} is not a text")
+        check_salt(salt)
+        check_priority(priority)
         engine = self._model.engine
         with engine.turn:
             engine.collect_dropped()
             state = engine.executor.open(salt)
+            state.priority = priority
         return self._adopt(state)
 
     def restore(self, path: str | os.PathLike[str]) -> Sequence:
@@ -92,6 +93,7 @@ class Session:
             state.tokens.extend(tokens)
             try:
                 engine.executor.restore(state, saved.cache)
+                engine.rest(state)
             except BaseException:
                 engine.close(state)
                 raise
@@ -193,6 +195,7 @@ class Sequence:
             engine = self._model.engine
             with engine.turn:
                 state = engine.fork(self._state)
+                engine.rest(state)
             return self._session._adopt(state)
 
     def truncate(self, length: int) -> None:
@@ -209,17 +212,20 @@ class Sequence:
         """Back to the empty sequence."""
         self.truncate(0)
 
-    def generate(self, params: SamplingParams | None = None) -> Result:
-        """Goes on from where the sequence is, and keeps what it generates. RequestError on an empty sequence, or with n > 1."""
+    def generate(self, params: SamplingParams | None = None, *, deadline: float | None = None) -> Result:
+        """Goes on from where the sequence is, and keeps what it generates. RequestError on an empty sequence, or with n > 1.
+
+        deadline: seconds from now; what has not ended then ends with finish_reason "error".
+        """
         with self._held():
-            generation = self._model.begin_generation(self._state.tokens, self._params(params), self._state)
+            generation = self._model.begin_generation(self._state, self._params(params), deadline)
             self._model.engine.run(generation.requests, lambda: generation.done)
             return generation.result()
 
-    def stream(self, params: SamplingParams | None = None) -> PieceStream:
+    def stream(self, params: SamplingParams | None = None, *, deadline: float | None = None) -> PieceStream:
         """Like `generate`, piece by piece. Until the stream has ended or is closed, the sequence can do nothing else."""
         with self._held():
-            generation = self._model.begin_generation(self._state.tokens, self._params(params), self._state)
+            generation = self._model.begin_generation(self._state, self._params(params), deadline)
             stream = PieceStream(self._model.engine, generation, owner=self)
             self._stream = weakref.ref(stream)
             return stream
@@ -294,6 +300,18 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
         if request.error is not None:
             raise request.error
     return [request.logits for request in requests]
+
+
+def check_priority(priority: int) -> None:
+    """OptionError where it is none."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > 2**31:
+        raise OptionError(f"priority={priority!r} is not a whole number", hint="higher comes first; 0 is usual")
+
+
+def check_salt(salt: str | None) -> None:
+    """OptionError where it is none."""
+    if salt is not None and not isinstance(salt, str):
+        raise OptionError(f"salt={salt!r} is not a text")
 
 
 def check_length(engine: Engine, length: int) -> None:

@@ -162,8 +162,6 @@ def test_append_beyond_the_pool_is_refused_and_changes_nothing(tools, paths, op_
         a, b = session.new_sequence(), session.new_sequence()
         a.append(PROMPTS[2])                                      # 5 of 6 blocks
         with pytest.raises(CapacityError, match="1 of 6 blocks"):
-            b.append(PROMPTS[5])
-        with pytest.raises(CapacityError):
             session.append_batch([(a, [1]), (b, PROMPTS[5])])     # the first would fit
         assert (len(a), len(b)) == (70, 0)
         tools.check_idle(model)
@@ -204,17 +202,28 @@ def test_what_never_fits_is_refused_with_the_arithmetic(tools, paths, op_library
         assert (len(completion.token_ids), completion.finish_reason) == (16, "length")
 
 
-def test_a_request_starved_by_idle_sequences_ends_with_the_cause(tools, paths, op_library):
+def test_idle_sequences_make_room_and_are_computed_again(tools, paths, op_library, alone):
     with tools.small_paged(paths, 6) as model:
         held = model.begin_session().new_sequence()
         held.append(PROMPTS[2])
-        fits, starved = model.generate([PROMPTS[1], PROMPTS[0]], octavo.SamplingParams(max_tokens=3, ignore_eos=True))
-        assert fits.completions[0].finish_reason == "length"
-        assert starved.completions[0].finish_reason == "error" and "1 of 6 blocks" in starved.completions[0].error
-        # One that is admitted and outgrows what is left ends the same way, with what it had.
-        (cut,) = model.generate([PROMPTS[4]], octavo.SamplingParams(max_tokens=20, ignore_eos=True))
-        assert cut.completions[0].finish_reason == "error" and len(cut.completions[0].token_ids) == 2
-        assert len(held) == 70
+        fits, wants = model.generate([PROMPTS[1], PROMPTS[0]], octavo.SamplingParams(max_tokens=3, ignore_eos=True))
+        assert fits.completions[0].finish_reason == wants.completions[0].finish_reason == "length"
+        assert (model.stats()["idle_drops"], held.tokens) == (1, tuple(PROMPTS[2]))
+        again = held.append([9], rows="all")
+        tools.check_idle(model)
+        np.testing.assert_array_equal(again, model.predict([*PROMPTS[2], 9])[-1:])
+        assert len(held) == 71
+
+
+def test_a_request_that_outgrows_the_pool_ends_with_the_cause(tools, paths, op_library, monkeypatch):
+    """Nothing idle, nothing to preempt: what is generated is kept, and the reason given."""
+    with tools.small_paged(paths, 6) as model:
+        held = model.begin_session().new_sequence()
+        held.append(PROMPTS[2])
+        monkeypatch.setattr(model.engine, "_idle", {})
+        starved, cut = model.generate([PROMPTS[0]], GREEDY), model.generate([PROMPTS[4]], octavo.SamplingParams(max_tokens=20, ignore_eos=True))
+        assert starved[0].completions[0].finish_reason == "error" and "1 of 6 blocks" in starved[0].completions[0].error
+        assert cut[0].completions[0].finish_reason == "error" and len(cut[0].completions[0].token_ids) == 2
         tools.check_idle(model)
 
 
@@ -284,10 +293,7 @@ def test_a_failed_append_rolls_back(paged, tools, monkeypatch, alone):
 
 
 def test_an_append_that_fails_in_a_later_chunk_is_undone_as_a_whole(paths, op_library, monkeypatch, tools):
-    from octavo.runtime import paged as room
-
-    monkeypatch.setattr(room, "MAX_STEP_TOKENS", 32)
-    with tools.small_paged(paths, 24) as model:
+    with tools.small_paged(paths, 24, max_step_tokens=32) as model:
         sequence = model.begin_session().new_sequence()
         expected = sequence.append(PROMPTS[2], rows="all")
         sequence.truncate(3)

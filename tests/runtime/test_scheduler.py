@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from octavo.runtime.kv.tables import BlockTables
-from octavo.runtime.plan import Limits, SequenceState
+from octavo.runtime.plan import Limits, SequenceState, Slice, StepPlan
 from octavo.runtime.scheduler import Scheduler
 
 
@@ -43,6 +43,8 @@ class Job:
     preemptable: bool = True
     first_row: int = 0
     last_turn: int = -1
+    priority: int = 0
+    arrival: int = -1
     seen: list = field(default_factory=list)
 
     num_reusable = 0
@@ -105,6 +107,7 @@ def test_a_long_prompt_does_not_stall_a_stream():
         scheduler.add(job)
     step(scheduler, memory, limits)
     prompt = Job(SequenceState([0] * 40, memory.tables.open()), 1)
+    prompt.arrival = 0
     scheduler._running.insert(0, prompt)    # older than all of them
     for _ in range(8):
         left = [job.left for job in streams]
@@ -137,8 +140,9 @@ def test_starved_where_nobody_will_free_anything():
 def test_more_forks_than_a_step_takes_turns():
     memory, limits = Memory(40), Limits(2, 64)
     scheduler = Scheduler(limits, memory)
-    jobs = [Job(SequenceState([0], memory.tables.open()), 4) for _ in range(5)]
+    jobs = [Job(SequenceState([0, 0], memory.tables.open()), 4) for _ in range(5)]
     for job in jobs:
+        memory.execute(StepPlan((Slice(job.sequence, 0, 1, 1),)))
         scheduler.add(job, admitted=True)
     for _ in range(5):
         step(scheduler, memory, limits)
@@ -154,3 +158,55 @@ def test_the_youngest_gives_way():
     step(scheduler, memory, limits)
     assert step(scheduler, memory, limits).requests == (old, middle)
     assert (scheduler.num_preemptions, young.sequence.num_cached, scheduler.num_waiting) == (1, 0, 1)
+
+
+def test_higher_priority_goes_first_and_takes_the_room():
+    memory, limits = Memory(6), Limits(2, 64)
+    scheduler = Scheduler(limits, memory)
+    low, lower, high = (Job(SequenceState([0] * 8, memory.tables.open()), 3, priority=p) for p in (0, -1, 5))
+    for job in (lower, low):
+        scheduler.add(job)
+    assert step(scheduler, memory, limits).requests == (low, lower)
+    scheduler.add(high)
+    assert step(scheduler, memory, limits).requests == (low, high), "the lowest gave way; streams come before prompts"
+    assert (scheduler.num_preemptions, lower.sequence.num_cached) == (1, 0)
+    while any(job.left for job in (low, lower, high)):
+        step(scheduler, memory, limits)
+
+
+def test_prompts_beside_streams_are_bounded():
+    memory, limits = Memory(100), Limits(4, 64)
+    scheduler = Scheduler(limits, memory)
+    stream = Job(SequenceState([0], memory.tables.open()), 40)
+    scheduler.add(stream)
+    step(scheduler, memory, limits)
+    prompts = [Job(SequenceState([0] * 30, memory.tables.open()), 1) for _ in range(2)]
+    for job in prompts:
+        scheduler.add(job)
+    memory.execute(plan := scheduler.schedule(12).plan)
+    assert [s.stop - s.start for s in plan.slices] == [1, 12]
+    stream.sequence.tokens.append(0)
+    assert scheduler.num_decoding == 1
+    assert [s.stop - s.start for s in scheduler.schedule(None).plan.slices] == [1, 18, 30]
+
+
+def test_idle_caches_go_before_running_ones():
+    memory, limits = Memory(4), Limits(4, 64)
+    idle = SequenceState([0] * 8, memory.tables.open())
+    memory.execute(StepPlan((Slice(idle, 0, 8, 8),)))
+    given = []
+
+    def give_up():
+        if idle.num_cached:
+            given.append(idle)
+            memory.truncate(idle, 0)
+            return True
+        return False
+
+    scheduler = Scheduler(limits, memory, give_up)
+    jobs = [Job(SequenceState([0] * 7, memory.tables.open()), 2) for _ in range(2)]
+    scheduler.add(jobs[0])
+    step(scheduler, memory, limits)
+    assert not given
+    scheduler.add(jobs[1])
+    assert step(scheduler, memory, limits).requests == tuple(jobs) and given == [idle] and scheduler.num_preemptions == 0

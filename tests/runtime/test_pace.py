@@ -1,0 +1,46 @@
+"""How prompts are cut beside streams, with a machine whose times are known."""
+
+from __future__ import annotations
+
+import pytest
+from octavo.runtime.pace import Pace
+
+
+def drive(pace, decoding, prompt, *, alone=0.005, token=0.0002, bound=512):
+    """The longest and the mean step while a prompt is computed beside streams, seconds, and the steps it took."""
+    for _ in range(5):
+        pace.observe(decoding, 0, alone)
+    times = []
+    while prompt > 0:
+        allowed = pace.prompt_tokens(decoding)
+        count = min(prompt, bound if allowed is None else min(allowed, bound))
+        times.append(alone + token * count)
+        pace.observe(decoding, count, times[-1])
+        prompt -= count
+    return times
+
+
+@pytest.mark.parametrize(("policy", "stretch"), [("auto", 2.5), ("latency", 1.5)])
+def test_gaps_stay_within_the_policy(policy, stretch):
+    times = drive(Pace(policy, 512), 8, 4096)
+    settled = times[2:-1]     # before that nothing is known of a prompt token's cost
+    assert max(settled) <= stretch * 0.005
+    share = 1 - 0.005 * len(times) / sum(times)
+    assert share >= (0.5 if policy == "auto" else 0.25), "of the time is the prompt's"
+
+
+def test_throughput_takes_what_a_step_takes():
+    pace = Pace("throughput", 512)
+    assert pace.prompt_tokens(8) == 512 and len(drive(pace, 8, 4096)) == 8
+
+
+def test_without_streams_nothing_is_held_back():
+    assert Pace("latency", 512).prompt_tokens(0) == 512
+
+
+def test_a_prompt_always_gets_on():
+    pace = Pace("latency", 512)
+    for _ in range(10):
+        pace.observe(4, 0, 1e-6)
+        pace.observe(4, 8, 1.0)
+    assert pace.prompt_tokens(4) == 4
