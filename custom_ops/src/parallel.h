@@ -14,7 +14,8 @@ class Parallel {
  public:
   Parallel(const OrtApi* api, const OrtKernelContext* context) : api_(api), context_(context) {}
 
-  static std::size_t lanes(std::size_t items) { return items < kMaxLanes ? items : kMaxLanes; }
+  // Lanes that `run` uses: no more than the processor has cores.
+  static std::size_t lanes(std::size_t items);
 
   // Calls body(item, lane) for every item in [0, items), in any order and on any thread. The pool tells no thread index, so lanes stand in for
   // it: no two calls that run at the same time share a lane. Which lane meets which item is chance: results must not depend on it.
