@@ -25,6 +25,7 @@ _HOME = {
     "CompileOptions": ".compiler",
     "CompileReport": ".compiler",
     "CheckReport": ".compiler",
+    "EvalReport": ".compiler.evaluate",
     "load": ".runtime",
     "Model": ".runtime",
     "Session": ".runtime",
@@ -35,17 +36,22 @@ _HOME = {
     "Completion": ".runtime",
     "Piece": ".runtime",
     "Usage": ".runtime",
+    "bench": ".runtime.bench",
+    "BenchResult": ".runtime.bench",
+    "Workload": ".runtime.workloads",
     "Decision": ".models.decision",
     "library_path": ".custom_ops",
     "OctavoError": ".errors",
 }
 
 __all__ = [
+    "BenchResult",
     "CheckReport",
     "CompileOptions",
     "CompileReport",
     "Completion",
     "Decision",
+    "EvalReport",
     "Model",
     "OctavoError",
     "Piece",
@@ -55,9 +61,12 @@ __all__ = [
     "Sequence",
     "Session",
     "Usage",
+    "Workload",
     "__version__",
+    "bench",
     "check",
     "compile",
+    "evaluate",
     "import_model",
     "inspect",
     "library_path",
@@ -76,6 +85,7 @@ if TYPE_CHECKING:
     from .compiler import import_model as import_model
     from .compiler import inspect as inspect
     from .compiler.diff import snapshot as snapshot
+    from .compiler.evaluate import EvalReport as EvalReport
     from .custom_ops import library_path as library_path
     from .errors import OctavoError as OctavoError
     from .models.decision import Decision as Decision
@@ -89,6 +99,9 @@ if TYPE_CHECKING:
     from .runtime import Session as Session
     from .runtime import Usage as Usage
     from .runtime import load as load
+    from .runtime.bench import BenchResult as BenchResult
+    from .runtime.bench import bench as bench
+    from .runtime.workloads import Workload as Workload
 
 
 def check(
@@ -101,12 +114,23 @@ def check(
     """
     from .compiler.check import check as run
 
-    def open_model(path: PathLike[str], fusions: bool) -> Model:
-        from .runtime import RuntimeOptions, load
+    return run(artifact, against, load=_open_model, text=text, seed=seed, progress=progress)
 
-        return load(path, options=RuntimeOptions(optimize_graph=fusions))
 
-    return run(artifact, against, load=open_model, text=text, seed=seed, progress=progress)
+def evaluate(
+    model: str | PathLike[str], text: str | PathLike[str], *, against: str | PathLike[str] | None = None, context: int = 512,
+    tokens: int | None = None, progress: Callable[[str], None] | None = None,
+) -> EvalReport:
+    """Perplexity of a model on a file of text, and how far its distributions lie from another's: see docs/howto/evaluate.md."""
+    from .compiler.evaluate import evaluate as run
+
+    return run(model, text, load=_open_model, against=against, context=context, tokens=tokens, progress=progress)
+
+
+def _open_model(path: PathLike[str], fusions: bool) -> Model:
+    from .runtime import RuntimeOptions, load
+
+    return load(path, options=RuntimeOptions(optimize_graph=fusions))
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,7 @@ from ..models.spec import CacheLayer
 from ..passes.normalize import FoldDequantize
 from .check_cases import CASES, LONG, Case, Rows, Tokens, tokens_for
 from .check_inputs import seeded_inputs
+from .divergence import divergence, log_probabilities
 from .thresholds import Limits, quality, tight
 
 Load = Callable[[Path, bool], Runner]
@@ -242,15 +243,9 @@ def compare(comparison: Comparison, case: str, ours: Rows, theirs: Rows, limits:
     if ours.ndim == 1:
         return CaseResult(comparison, case, len(ours), max_abs, max_abs / largest if largest else max_abs, None, None, limits)
     # Row by row: in float64 a long case of a large vocabulary would not fit beside the model.
-    kl = float(np.mean([_kl(q.astype(np.float64), p.astype(np.float64)) for q, p in zip(ours, theirs)]))
+    kl = float(np.mean([divergence(log_probabilities(q), log_probabilities(p)) for q, p in zip(ours, theirs)]))
     top1 = float(np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)))
     return CaseResult(comparison, case, len(ours), max_abs, max_abs / largest if largest else max_abs, kl, top1, limits)
-
-
-def _kl(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    """KL(theirs ‖ ours) of one row; 0 at least, where rounding would say less."""
-    log_p, log_q = (x - x.max() - np.log(np.sum(np.exp(x - x.max()))) for x in (theirs, ours))
-    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
 
 
 def _run(runner: Runner, cases: tuple[_Case, ...], notes: list[str]) -> dict[str, Rows]:

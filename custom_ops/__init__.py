@@ -40,7 +40,8 @@ def register(session_options: Any) -> None:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def open_library() -> ctypes.CDLL:
+    """The library for its C functions outside onnxruntime. LibraryError where it can't be loaded."""
     path = library_path()
     try:
         library = ctypes.CDLL(str(path))
@@ -56,7 +57,7 @@ def active_isa() -> str:
 
     Decided at the first use of the library and kept. Raises LibraryError where OCTAVO_ISA can't be met.
     """
-    name: bytes | None = _library().octavo_active_isa()
+    name: bytes | None = open_library().octavo_active_isa()
     if name is None:
         raise LibraryError("OCTAVO_ISA names no instruction set that can run here", hint=f"this machine runs {', '.join(available_isas())}")
     return name.decode()
@@ -65,6 +66,6 @@ def active_isa() -> str:
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, best first."""
     names: list[str] = []
-    while (name := _library().octavo_available_isa(len(names))) is not None:
+    while (name := open_library().octavo_available_isa(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)

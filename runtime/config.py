@@ -37,6 +37,7 @@ class RuntimeOptions:
     session_folder: where named sessions are kept between their uses; None: there are none.
     session_disk: what all of them may take together, like `memory`; the longest unused go first. None: no limit.
     optimize_graph: False runs the graph node by node as it stands, without onnxruntime's fusions: to compare with, not to serve with.
+    profile: the beginning of the name of a file into which onnxruntime writes the time of every node when the model is gone; slow.
     """
 
     threads: int | None = None
@@ -51,6 +52,7 @@ class RuntimeOptions:
     optimize_graph: bool = True
     session_folder: str | os.PathLike[str] | None = None
     session_disk: int | str | None = None
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (_is_int(self.threads) and 1 <= self.threads <= MAX_THREADS):
@@ -71,6 +73,8 @@ class RuntimeOptions:
         for name in ("memory", "session_disk"):
             if getattr(self, name) is not None:
                 parse_size(getattr(self, name), name)
+        if self.profile is not None and not (isinstance(self.profile, str) and self.profile):
+            raise OptionError(f"profile={self.profile!r} is not the beginning of a file's name")
 
     @property
     def memory_bytes(self) -> int | None:

@@ -29,6 +29,8 @@ def open_session(graph: Path, options: RuntimeOptions, *, op_library: bool) -> o
     settings.log_severity_level = 3     # a failed step is reported by us, with its cause
     if not options.optimize_graph:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if options.profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, options.profile
     if op_library:
         register(settings)
     try:

@@ -21,7 +21,7 @@ from octavo.models.tiny import tiny_llama_onnx
 from onnx import TensorProto, helper, numpy_helper
 from typer.main import get_command
 
-COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "demo", "doctor", "snapshot")
+COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "eval", "bench", "demo", "doctor", "snapshot")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,32 @@ def test_chat_goes_on_until_the_input_ends(octavo_cli, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd then?\n"))
     code, out, _ = octavo_cli("chat", "art", "--max-tokens", 4, "--temperature", 0)
     assert code == 0 and out.count("\n") >= 2
+
+
+def test_eval(octavo_cli, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a bookbinder. " * 20)
+    code, out, _ = octavo_cli("eval", "art", "--text", text, "--against", "model.onnx", "--context", 64, "--tokens", 100)
+    assert code == 0 and "100 tokens in windows of 64" in out and "mean KL" in out
+    code, out, _ = octavo_cli("eval", "art", "--text", text, "--json")
+    assert code == 0 and json.loads(out)["perplexity"] > 1 and json.loads(out)["divergence"] is None
+
+
+def test_bench(octavo_cli, tmp_path):
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps([
+        {"name": "one", "prompt": 16, "generate": 4, "sequences": 1}, {"name": "two", "prompt": 8, "generate": 4, "sequences": 2},
+        {"name": "long", "prompt": 8000, "generate": 4, "sequences": 1},
+    ]))
+    code, out, err = octavo_cli("bench", "art", "--workloads", loads, "--threads", 1, "--json", "--profile")
+    assert code == 0 and "one: 1 × 16 tokens" in err
+    one, two, long = map(json.loads, out.splitlines())
+    assert [one["workload"], two["workload"], long["workload"]] == ["one", "two", "long"] and "skipped" in long
+    assert one["engine"] == "octavo" and one["decode_tok_s"] > 0 and one["threads"] == 1 and one["time_by_op"]["decode"]["PagedAttention"] > 0
+    code, out, _ = octavo_cli("bench", "model.onnx", "--workloads", loads, "--only", "two", "--block-size", 16)
+    assert code == 0 and "baseline" in out and "one" not in out.split()
+    code, _, err = octavo_cli("bench", "art", "--only", "nothing")
+    assert code == 3 and "there is no workload 'nothing'" in err
 
 
 def test_doctor(octavo_cli):

@@ -43,8 +43,9 @@ def _id(page: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where a page runs: a small model with its tokenizer."""
+    """Where a page runs: a small model with its tokenizer, and a text."""
     tiny_llama_onnx(tmp_path)
+    (tmp_path / "book.txt").write_text("Once upon a time there was a bookbinder who folded every sheet three times. " * 20)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
