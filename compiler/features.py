@@ -42,6 +42,8 @@ def _weights(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> N
     if outcome is not None:
         asked = options.weights if isinstance(options.weights, str) else ", ".join(f"{name}: {value}" for name, value in options.weights.items())
         ledger.decide("weights", asked, "; ".join(outcome.notes) or "no linear was found")
+        if rewritten.rounded:
+            ledger.decide("quantizer", options.quantizer, f"how weights that the source doesn't store so are rounded, zero_point={options.zero_point!r}")
         dots = "int8 by groups, dynamic" if options.activations == "int8" else "fp32"
         ledger.decide("activations", options.activations, f"{outcome.rewritten} of {outcome.matched} weights multiply activations in {dots}")
     elif options.quantizes and options.weights != "stored":

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..custom_ops.contract import ZeroPoint
 from ..errors import OptionError
 from ..models.spec import CacheName
 from ..passes.cache_formats import check_formats
@@ -14,7 +17,7 @@ from ..passes.linears.precision import Precision
 KVCache = Literal["auto", "fp32", "fp16", "int8"]
 Masking = Literal["auto", "causal", "none"]
 Activations = Literal["int8", "fp32"]
-Quantizer = Literal["rtn", "search", "hqq"]
+Quantizer = Literal["rtn", "search", "hqq", "gptq"]
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -26,7 +29,11 @@ class CompileOptions:
                      of linears, read in order: {"head": "int8", "layers.0.*": "fp32", "*": "int4"}. Linears that the source stores in the width
                      asked for are taken as they are.
     group_size       32, 64 or 128 inputs share a scale, in weights that are quantized here.
-    quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points).
+    zero_point       what a group of int4 has besides its scale, where it is rounded here: "none" (symmetric), "uint8" (a zero point), "float" (a
+                     minimum); int8 is symmetric.
+    quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points; int4
+                     with zero_point="float", int8 is searched), "gptq" (errors are made up for by what is rounded later; wants calibration text).
+    calibration      a file that "gptq" calibrates on: UTF-8 text, or (.json) token ids, of which the first 16,384 tokens count. None: random ids.
     activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
     kv_cache         "fp32", "fp16", "int8", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
                      Or a map of layers, read in order: {"0-1": "fp16", "*": "int8"}; layers that none names are fp16.
@@ -42,7 +49,9 @@ class CompileOptions:
 
     weights: Precision | Mapping[str, Precision] = "fp32"
     group_size: int = 32
+    zero_point: ZeroPoint = "none"
     quantizer: Quantizer = "search"
+    calibration: str | PathLike[str] | None = None
     activations: Activations = "int8"
     kv_cache: KVCache | Literal[False] | Mapping[str, CacheName] = "auto"
     paged: bool = True
@@ -57,7 +66,7 @@ class CompileOptions:
             check_formats(self.kv_cache)
         elif self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
             raise OptionError(f"kv_cache={self.kv_cache!r} is not one of {_listed(KVCache)}, False or a map of layers")
-        for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer)):
+        for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer), ("zero_point", ZeroPoint)):
             if getattr(self, name) not in get_args(known):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {_listed(known)}")
         if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
@@ -65,6 +74,12 @@ class CompileOptions:
         for pattern, precision in self.patterns.items():
             if not isinstance(pattern, str) or precision not in get_args(Precision):
                 raise OptionError(f"weights={self.weights!r}: {precision!r} is not one of {_listed(Precision)}")
+        if self.quantizer == "hqq" and self.zero_point != "float":
+            raise OptionError('quantizer="hqq" finds zero points that are floats', hint='zero_point="float"')
+        if self.calibration is not None and not isinstance(self.calibration, (str, PathLike)):
+            raise OptionError(f"calibration={self.calibration!r} is no path")
+        if self.calibration is not None and not self.calibrates:
+            raise OptionError("calibration= is given, and nothing calibrates", hint='quantizer="gptq" does')
         for name in ("paged", "flash_attention", "strict", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False")
@@ -88,8 +103,15 @@ class CompileOptions:
         """Whether any linear may be stored quantized."""
         return any(precision != "fp32" for precision in self.patterns.values())
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model is run on text before it is rewritten."""
+        return self.quantizer == "gptq"
+
     def to_json(self) -> dict[str, Any]:
+        """With plain maps, and of a path the name alone: an artifact names none."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["calibration"] = None if self.calibration is None else Path(self.calibration).name
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
 
 

@@ -34,6 +34,7 @@ from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
 from ..passes.empty_past import EmptyPast
 from ..passes.linears.lower_quant import QuantizeLinears
+from ..passes.linears.rehearsal import Rehearsal
 from ..passes.linears.weights import WeightPlan
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
@@ -47,6 +48,7 @@ from ..passes.race import Finish, Race, Timer, fastest
 from ..passes.trial_run import Trial
 from ..passes.verify import Verify, contract_refusals
 from ..passes.widen import WidenHalf
+from .calibration import read_calibration
 from .context import max_context_of
 from .features import decide
 from .ledger import Ledger
@@ -73,6 +75,7 @@ class Understood:
     quantized: bool
     stored: Mapping[str, Stored]
     half: Mapping[str, ir.DataType]
+    folder: Path | None
 
 
 class _Slower(Exception):
@@ -194,7 +197,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     if not sites and not direct:
         ledger.refuse([Refusal("no attention was understood", "graph", f"{len(refusals)} candidates were refused")])
         return None
-    return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored, half)
+    return Understood(model, observation, sites, refusals, direct, max_context, quantized, stored, half, folder)
 
 
 def _at_their_word(observation: Observation, anchors: Anchors) -> dict[str, DirectSite | Refusal]:
@@ -226,13 +229,13 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
         return None
     if plan.frozen:
         ledger.decide("rotary", "frozen", plan.frozen)
-    model = understood.model
+    model, rehearsal = understood.model, _rehearsal(understood, plan.spec.vocab_size, options, ledger)
     for stage in (LowerPaged(plan), LogitRows(plan), CacheInterface(plan), Cleanup()):
         ledger.run(stage, model)
     verified = ledger.run(Verify(plan.interface), model)
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
-    rounded = _quantize(understood, options, ledger, plan.interface)
+    rounded = _quantize(understood, options, ledger, plan.interface, rehearsal)
     ledger.sites = tuple(_line(site, "PagedAttention") for site in plan.sites)
     return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized, rounded)
 
@@ -244,12 +247,23 @@ def _sees_ahead(understood: Understood) -> AttentionSite | None:
     return next((site for site in understood.sites if site.mask.kind in ("bidirectional", "prefix")), None)
 
 
-def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface) -> bool:
+def _rehearsal(understood: Understood, vocab_size: int, options: CompileOptions, ledger: Ledger) -> Rehearsal | None:
+    """The graph as it is now, on calibration text; None where nothing asks for it."""
+    if not (options.quantizes and options.calibrates):
+        return None
+    calibration = read_calibration(options.calibration, understood.folder, vocab_size)
+    ledger.decide("calibration", "text" if options.calibration is not None else "random", calibration.words)
+    return Rehearsal(understood.model, understood.observation.interface, calibration.sequences)
+
+
+def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface, rehearsal: Rehearsal | None) -> bool:
     """Linears to QuantLinear, after the rows were proved apart: the op computes each row by itself. True where weights were rounded."""
     if not options.quantizes:
         return False
+    sums = rehearsal.sums() if rehearsal is not None and options.quantizer == "gptq" else None
     plan = WeightPlan(
-        options.patterns, options.group_size, quantizer(options.quantizer), activation_bits=8 if options.activations == "int8" else 32,  # type: ignore[arg-type]
+        options.patterns, options.group_size, quantizer(options.quantizer, sums), options.zero_point,  # type: ignore[arg-type]
+        activation_bits=8 if options.activations == "int8" else 32,
     )
     model, ids = understood.model, interface.input("input_ids")
     stage = QuantizeLinears(plan, understood.stored, ids.name if ids else "")

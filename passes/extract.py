@@ -6,7 +6,7 @@ never enter the serialized piece: they become inputs of it and are fed as views 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,8 @@ def piece(
     return proto
 
 
-def open_session(proto: onnx.ModelProto, *, custom_ops: bool = False, served: bool = False) -> ort.InferenceSession:
-    """A session that computes what is written: no fusion, no prepacking, no arena, one thread. Raises onnxruntime's own errors.
+def open_session(proto: onnx.ModelProto, *, custom_ops: bool = False, served: bool = False, threads: int = 1) -> ort.InferenceSession:
+    """A session that computes what is written: no fusion, no prepacking, no arena; `threads` 0 are all. Raises onnxruntime's own errors.
 
     With `custom_ops` it knows the library's; raises LibraryError where that is missing. With `served` it runs as fast as it can.
     """
@@ -151,7 +151,7 @@ def open_session(proto: onnx.ModelProto, *, custom_ops: bool = False, served: bo
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # what fails is raised, and told by who catches it
@@ -189,15 +189,15 @@ class PreparedCone:
     constants: Mapping[str, ir.TensorProtocol]
     leaves: tuple[ir.Value, ...]
 
-    def open(self) -> ConeRunner:
-        """Raises onnxruntime's own errors."""
+    def open(self, *, threads: int = 1, fed: Collection[str] = ()) -> ConeRunner:
+        """Constants called as in `fed` can be given to `run` too, which then takes those. Raises onnxruntime's own errors."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        large = {name: tensor for name, tensor in self.constants.items() if is_large(tensor)}
+        large = {name: tensor for name, tensor in self.constants.items() if is_large(tensor) or name in fed}
         proto.graph.input.extend(constant_info(name, tensor) for name, tensor in large.items())
         small = ((name, tensor) for name, tensor in self.constants.items() if name not in large)
         proto.graph.initializer.extend(constant_proto(name, tensor) for name, tensor in small)
-        return ConeRunner(open_session(proto), {name: ort_value(tensor.numpy()) for name, tensor in large.items()}, self.leaves)
+        return ConeRunner(open_session(proto, threads=threads), {name: ort_value(tensor.numpy()) for name, tensor in large.items()}, self.leaves)
 
 
 def prepare(model: ir.Model, cone: Cone, leaf_types: Mapping[ir.Value, tuple[ir.DataType, int | None]]) -> PreparedCone:

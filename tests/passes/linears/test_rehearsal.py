@@ -1,4 +1,4 @@
-"""Calibration sees what the linears see, and GPTQ makes use of it."""
+"""A rehearsal sees what the linears see, GPTQ makes use of it, and other weights move the logits as they do when they are in the graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from graphs import one_sequence, quantize, run, token_flat
 from octavo.errors import RequestError
 from octavo.models.onnx_reader import graph_interface, read_onnx
-from octavo.passes.linears.calibrate import calibrate
 from octavo.passes.linears.lower_quant import QuantizeLinears
+from octavo.passes.linears.rehearsal import Rehearsal
 from octavo.passes.linears.weights import WeightPlan
 from octavo.passes.normalize import FoldDequantize, Normalize
 from octavo.passes.quantize.methods import quantizer
@@ -26,7 +26,7 @@ def hessians(tiny_onnx: Path) -> dict[str, np.ndarray]:
     Normalize()(model)
     FoldDequantize()(model)
     before = ir.serde.serialize_model(model)
-    found = calibrate(model, graph_interface(model), TEXT)
+    found = Rehearsal(model, graph_interface(model), TEXT).sums()
     assert ir.serde.serialize_model(model) == before
     return found
 
@@ -62,4 +62,33 @@ def test_gptq_is_nearer_than_rounding(hessians: dict[str, np.ndarray]) -> None:
 def test_no_text_is_an_error(tiny_onnx: Path) -> None:
     model = read_onnx(tiny_onnx / "model.onnx")
     with pytest.raises(RequestError, match="no tokens"):
-        calibrate(model, graph_interface(model), [[]])
+        Rehearsal(model, graph_interface(model), [[]])
+
+
+def test_other_weights_move_the_logits_as_in_the_graph(tiny_onnx: Path) -> None:
+    """The divergence of fed weights is that of a graph that has them; the graph may change after the rehearsal was prepared."""
+    source = read_onnx(tiny_onnx / "model.onnx")
+    Normalize()(source)
+    rehearsal = Rehearsal(source, graph_interface(source), [TEXT[0][:200]])
+    feeds = one_sequence(token_flat("llama"), np.array(TEXT[0][:200]))
+    p = run(token_flat("llama"), feeds)[0].astype(np.float64)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        changed = token_flat("llama")
+        weight = changed.graph.initializers[name]
+        other = np.round(weight.const_value.numpy() * 8) / 8
+        weight.const_value = ir.Tensor(other.astype(np.float32), name=name)
+        q = run(changed, feeds)[0].astype(np.float64)
+        expected = (softmax(p) * (log_softmax(p) - log_softmax(q))).sum(axis=1).mean()
+        assert rehearsal.knows(name)
+        found = rehearsal.divergence({name: other.astype(np.float32)})
+        assert found > 1e-3
+        assert found == pytest.approx(expected, rel=1e-3)
+    assert rehearsal.divergence({}) == 0
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - np.logaddexp.reduce(x, axis=1, keepdims=True)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(x))

@@ -1,0 +1,102 @@
+"""The graph as the exporter wrote it, on calibration text: what the inputs of its linears look like, and what other weights do to its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ...errors import RequestError
+from ...models.interface import GraphInterface
+from ..extract import ConeRunner, PreparedCone, cone, ort_value, prepare
+from ..probe import Probe, feed_of
+from .match import find_linears
+
+Array = NDArray[np.float32]
+# Rows that a run keeps at once: the inputs of all linears are its outputs.
+_TOKENS = 512
+
+
+class Rehearsal:
+    """A decoder that was normalized and dequantized, prepared before any target changes it. It isn't changed here either.
+
+    Each sequence of token ids runs by itself with an empty cache, in pieces of 512 tokens that don't see each other.
+    Raises RequestError where there are no tokens.
+    """
+
+    def __init__(self, model: ir.Model, interface: GraphInterface, sequences: Sequence[Sequence[int]]) -> None:
+        self._pieces = [list(tokens[at : at + _TOKENS]) for tokens in sequences for at in range(0, len(tokens), _TOKENS)]
+        if not self._pieces:
+            raise RequestError("the calibration text has no tokens", hint="a few thousand tokens of plain text serve")
+        self._ids = interface.input("input_ids")
+        self._ports = {port.name: port for port in interface.inputs}
+        assert self._ids is not None, "a decoder has token ids"
+        self._sites = [site for site in find_linears(model, self._ids.name).sites if not site.packed]
+        self._inputs = list(dict.fromkeys(site.input for site in self._sites))
+        logits = interface.output("logits")
+        assert logits is not None, "a decoder has logits"
+        last = next(value for value in model.graph.outputs if value.name == logits.name)
+        self._prepared = {name: _prepared(model, outputs) for name, outputs in (("inputs", self._inputs), ("logits", [last]))}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def sums(self) -> dict[str, Array]:
+        """XᵀX [K, K] of each linear's inputs over all tokens, by the name of its weight (linears of one input share an array).
+
+        Memory: 4·K² bytes for each distinct input.
+        """
+        runner = self._prepared["inputs"].open(threads=0)
+        sums = [np.zeros((site.K, site.K), np.float32) for site in (next(site for site in self._sites if site.input is value) for value in self._inputs)]
+        for tokens in self._pieces:
+            for total, rows in zip(sums, runner.run(self._feeds("inputs", tokens))):
+                flat = rows.reshape(-1, total.shape[0])
+                total += flat.T @ flat
+        by_input = dict(zip(self._inputs, sums))
+        return {str(site.weight.name): by_input[site.input] for site in self._sites}
+
+    def knows(self, name: str) -> bool:
+        """Whether the logits follow from an initializer of this name."""
+        return name in self._prepared["logits"].constants
+
+    def divergence(self, weights: Mapping[str, Array]) -> float:
+        """Mean KL(p ‖ q), nats, over the rows of the first piece: p with the graph's own weights, q with `weights` in place of those of their names.
+
+        Shapes are those of the initializers.
+        """
+        feeds = {name: ort_value(weight) for name, weight in weights.items()}
+        p, q = self._log_probabilities, _log_softmax(self._logits.run({**self._feeds("logits", self._pieces[0]), **feeds})[0])
+        return float(np.einsum("rv,rv->r", np.exp(p), p - q).mean(dtype=np.float64))
+
+    @cached_property
+    def _logits(self) -> ConeRunner:
+        names = {str(site.weight.name) for site in self._sites}
+        return self._prepared["logits"].open(threads=0, fed=names)
+
+    @cached_property
+    def _log_probabilities(self) -> Array:
+        return _log_softmax(self._logits.run(self._feeds("logits", self._pieces[0]))[0])
+
+    def _feeds(self, which: str, tokens: Sequence[int]) -> dict[str, NDArray[np.generic]]:
+        probe = Probe(1, len(tokens), 0)
+        feeds = {str(leaf.name): feed_of(self._ports[str(leaf.name)], leaf, probe) for leaf in self._prepared[which].leaves}
+        assert self._ids is not None
+        if self._ids.name in feeds:
+            feeds[self._ids.name] = np.array([tokens], feeds[self._ids.name].dtype)
+        return feeds
+
+
+def _prepared(model: ir.Model, outputs: Sequence[ir.Value]) -> PreparedCone:
+    whole = cone(outputs)
+    return prepare(model, whole, {leaf: (leaf.dtype or ir.DataType.FLOAT, None) for leaf in whole.leaves if leaf.is_graph_input()})
+
+
+def _log_softmax(logits: Array) -> Array:
+    """Of each row; float32 [rows, V]."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    rows = rows - rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
