@@ -91,8 +91,11 @@ def compile_(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here.")] = 32,
     zero_point: Annotated[str, typer.Option(help="What a group of int4 rounded here has besides its scale: none, uint8, float.")] = "none",
     quantizer: Annotated[str, typer.Option(help="How they are rounded: search, rtn, hqq, gptq.")] = "search",
+    weight_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help='Raise what int4 harms most to int8, as long as quantized weights fit this, such as "90MB".'),
+    ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What gptq calibrates on: text, or token ids (.json). Default: random ids."),
+        Path | None, typer.Option(metavar="FILE", help="What gptq and --weight-budget run on: text, or token ids (.json). Default: random ids."),
     ] = None,
     activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups) or fp32.")] = "int8",
     kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, none (no cache), or by layer: '0-1=fp16,*=int8'.")] = "auto",
@@ -112,7 +115,7 @@ def compile_(
     from . import CompileOptions, compile
 
     chosen: dict[str, Any] = {"weights": _weights(weights), "group_size": group_size, "quantizer": quantizer, "activations": activations}
-    chosen |= {"zero_point": zero_point, "calibration": calibration}
+    chosen |= {"zero_point": zero_point, "calibration": calibration, "weight_budget": weight_budget}
     chosen |= {"kv_cache": _kv_cache(kv_cache), "masking": masking, "max_context": max_context}
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with working(f"compiling {source}"):

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from ..custom_ops.contract import ZeroPoint
 from ..errors import OptionError
+from ..models.sizes import parse_size
 from ..models.spec import CacheName
 from ..passes.cache_formats import check_formats
 from ..passes.linears.precision import Precision
@@ -33,7 +34,8 @@ class CompileOptions:
                      minimum); int8 is symmetric.
     quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points; int4
                      with zero_point="float", int8 is searched), "gptq" (errors are made up for by what is rounded later; wants calibration text).
-    calibration      a file that "gptq" calibrates on: UTF-8 text, or (.json) token ids, of which the first 16,384 tokens count. None: random ids.
+    weight_budget    bytes, or text such as "90MB", that all quantized weights together may take: what int4 is measured to harm most is raised to int8.
+    calibration      a file for "gptq" and weight_budget: UTF-8 text, or (.json) token ids, of which the first 16,384 tokens count. None: random ids.
     activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
     kv_cache         "fp32", "fp16", "int8", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
                      Or a map of layers, read in order: {"0-1": "fp16", "*": "int8"}; layers that none names are fp16.
@@ -51,6 +53,7 @@ class CompileOptions:
     group_size: int = 32
     zero_point: ZeroPoint = "none"
     quantizer: Quantizer = "search"
+    weight_budget: int | str | None = None
     calibration: str | PathLike[str] | None = None
     activations: Activations = "int8"
     kv_cache: KVCache | Literal[False] | Mapping[str, CacheName] = "auto"
@@ -76,10 +79,14 @@ class CompileOptions:
                 raise OptionError(f"weights={self.weights!r}: {precision!r} is not one of {_listed(Precision)}")
         if self.quantizer == "hqq" and self.zero_point != "float":
             raise OptionError('quantizer="hqq" finds zero points that are floats', hint='zero_point="float"')
+        if self.weight_budget is not None:
+            parse_size(self.weight_budget, "weight_budget")
+            if "int4" not in self.patterns.values():
+                raise OptionError("weight_budget= raises linears from int4, and none is asked for", hint='weights="int4"')
         if self.calibration is not None and not isinstance(self.calibration, (str, PathLike)):
             raise OptionError(f"calibration={self.calibration!r} is no path")
         if self.calibration is not None and not self.calibrates:
-            raise OptionError("calibration= is given, and nothing calibrates", hint='quantizer="gptq" does')
+            raise OptionError("calibration= is given, and nothing calibrates", hint='quantizer="gptq" and weight_budget= do')
         for name in ("paged", "flash_attention", "strict", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False")
@@ -106,7 +113,11 @@ class CompileOptions:
     @property
     def calibrates(self) -> bool:
         """Whether the model is run on text before it is rewritten."""
-        return self.quantizer == "gptq"
+        return self.quantizer == "gptq" or self.weight_budget is not None
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.weight_budget is None else parse_size(self.weight_budget, "weight_budget")
 
     def to_json(self) -> dict[str, Any]:
         """With plain maps, and of a path the name alone: an artifact names none."""

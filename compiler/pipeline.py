@@ -266,8 +266,11 @@ def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, i
         activation_bits=8 if options.activations == "int8" else 32,
     )
     model, ids = understood.model, interface.input("input_ids")
-    stage = QuantizeLinears(plan, understood.stored, ids.name if ids else "")
+    budget = None if rehearsal is None or options.budget_bytes is None else (options.budget_bytes, rehearsal)
+    stage = QuantizeLinears(plan, understood.stored, ids.name if ids else "", budget)
     ledger.run(stage, model)
+    if stage.raised is not None:
+        ledger.decide("weight_budget", f"{len(stage.raised.units)} products in int8", str(stage.raised))
     ledger.run(Cleanup(), model)
     broken = contract_refusals(model, interface)
     if broken:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import get_args
 
 from ..custom_ops.contract import BLOCK_SIZES
 from ..errors import OptionError
+from ..models.sizes import parse_size
 from .pace import Policy
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 MAX_THREADS = 1024
 
 
@@ -78,7 +76,7 @@ class RuntimeOptions:
 
     @property
     def memory_bytes(self) -> int | None:
-        return None if self.memory is None else parse_size(self.memory)
+        return None if self.memory is None else parse_size(self.memory, "memory")
 
     @property
     def session_bytes(self) -> int | None:
@@ -93,20 +91,6 @@ def cpus() -> int:
     """CPUs that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def parse_size(value: int | str, name: str = "memory") -> int:
-    """Bytes of `value`: a positive int, or a number with a unit (B, kB, MB, GB, TB: powers of 1000; KiB, MiB, GiB, TiB: of 1024)."""
-    hint = 'write bytes as an int, or text such as "2GiB" or "800 MB"'
-    if _is_int(value):
-        size = int(value)
-    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)) and match[2].upper() in _UNITS:
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    else:
-        raise OptionError(f"{name}={value!r} is not a size", hint=hint)
-    if size <= 0 or size >= 2**60:
-        raise OptionError(f"{name}={value!r} is not a positive size below 2^60 bytes", hint=hint)
-    return size
 
 
 def _is_int(value: object) -> bool:

@@ -7,6 +7,7 @@ order); the norm and the gate are computed by the op's own rules, which the cont
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -22,6 +23,8 @@ from ..quantize.stored import Stored
 from .match import Linears, find_linears
 from .precision import precisions
 from .products import Product, products, reads_norm_alone
+from .rehearsal import Rehearsal
+from .sensitivity import Raised, raise_harmful
 from .site import LinearSite, Norm, Rows
 from .split_norms import split_skip_norms
 from .weights import WeightPlan, Weights, constant_of
@@ -33,20 +36,28 @@ Packed = tuple[ir.Value, WeightFormat]
 class QuantizeLinears(ir.passes.InPlacePass):
     """Carries a WeightPlan out. `stored` is what `find_stored` saw before constants were folded; `ids` the input with the token ids.
 
-    Afterwards `rounded` names the linears whose weights are not what the graph meant.
-    Raises OptionError for patterns that name nothing and groups that don't divide, ModelError for weights that are not finite.
+    With `budget`, a number of bytes and the graph's rehearsal, what int4 harms most is raised to int8 as far as it goes.
+    Afterwards `rounded` names the linears whose weights are not what the graph meant, and `raised` tells of the budget.
+    Raises OptionError for patterns that name nothing, groups that don't divide and a budget that is too small, ModelError for weights that are
+    not finite.
     """
 
-    def __init__(self, plan: WeightPlan, stored: Mapping[str, Stored], ids: str = "input_ids") -> None:
+    def __init__(
+        self, plan: WeightPlan, stored: Mapping[str, Stored], ids: str = "input_ids", budget: tuple[int, Rehearsal] | None = None,
+    ) -> None:
         super().__init__()
-        self._plan, self._stored, self._ids = plan, stored, ids
+        self._plan, self._stored, self._ids, self._budget = plan, stored, ids, budget
         self.rounded: tuple[str, ...] = ()
+        self.raised: Raised | None = None
 
     def call(self, model: ir.Model) -> PassResult:
         start, (nodes, size) = perf_counter(), graph_size(model)
         split = split_skip_norms(model)
         linears = find_linears(model, self._ids)
         precision = precisions(self._plan.patterns, linears.names)
+        if self._budget is not None:
+            size, rehearsal = self._budget
+            precision, self.raised = raise_harmful(linears, precision, partial(Weights, self._plan, precision, self._stored), rehearsal, size)
         weights = Weights(self._plan, precision, self._stored)
         writer = _Writer(model, linears, self._plan.activation_bits)
         for sites in _by_input(linears.sites):

@@ -34,7 +34,9 @@ class Rehearsal:
         self._ids = interface.input("input_ids")
         self._ports = {port.name: port for port in interface.inputs}
         assert self._ids is not None, "a decoder has token ids"
-        self._sites = [site for site in find_linears(model, self._ids.name).sites if not site.packed]
+        found = find_linears(model, self._ids.name)
+        self._sites = [site for site in found.sites if not site.packed]
+        self._weights = {str(site.weight.name) for site in self._sites} | {str(table.weight.name) for table in found.embeddings}
         self._inputs = list(dict.fromkeys(site.input for site in self._sites))
         logits = interface.output("logits")
         assert logits is not None, "a decoder has logits"
@@ -60,8 +62,8 @@ class Rehearsal:
         return {str(site.weight.name): by_input[site.input] for site in self._sites}
 
     def knows(self, name: str) -> bool:
-        """Whether the logits follow from an initializer of this name."""
-        return name in self._prepared["logits"].constants
+        """Whether a linear or an embedding on the way to the logits has a weight of this name."""
+        return name in self._weights and name in self._prepared["logits"].constants
 
     def divergence(self, weights: Mapping[str, Array]) -> float:
         """Mean KL(p ‖ q), nats, over the rows of the first piece: p with the graph's own weights, q with `weights` in place of those of their names.
@@ -74,8 +76,7 @@ class Rehearsal:
 
     @cached_property
     def _logits(self) -> ConeRunner:
-        names = {str(site.weight.name) for site in self._sites}
-        return self._prepared["logits"].open(threads=0, fed=names)
+        return self._prepared["logits"].open(threads=0, fed=self._weights)
 
     @cached_property
     def _log_probabilities(self) -> Array:

@@ -18,7 +18,7 @@ V = 320
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Words over and over, in a seeded order."""
     file = tmp_path_factory.mktemp("text") / "calibration.txt"
-    words = "the book is made of folded sheets and a page holds many tokens that one reads in turn".split()
+    words = ["the", "book", "is", "made", "of", "folded", "sheets", "and", "a", "page", "holds", "many", "tokens", "that", "one", "reads", "in", "turn"]
     file.write_text(" ".join(np.random.default_rng(0).choice(words, 600)), encoding="utf-8")
     return file
 
@@ -33,7 +33,8 @@ def test_text_is_encoded_by_the_tokenizer_beside_the_source(text: Path, tiny_onn
 
 def test_ids_come_as_a_list_or_as_lists_and_the_first_ones_count(tmp_path: Path) -> None:
     file = tmp_path / "ids.json"
-    for ids, expected in (([1, 2, 3], [3]), ([[1, 2], [], [7]], [2, 1]), ([[5] * MAX_TOKENS, [6]], [MAX_TOKENS]), ([[5] * 9, [6] * MAX_TOKENS], [9, MAX_TOKENS - 9])):
+    full = [5] * MAX_TOKENS
+    for ids, expected in (([1, 2, 3], [3]), ([[1, 2], [], [7]], [2, 1]), ([full, [6]], [MAX_TOKENS]), ([[6] * 9, full], [9, MAX_TOKENS - 9])):
         file.write_text(json.dumps(ids))
         assert [len(sequence) for sequence in read_calibration(file, None, V).sequences] == expected
 

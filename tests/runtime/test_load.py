@@ -21,17 +21,18 @@ from octavo.errors import (
     UnsafePathError,
     UnsupportedError,
 )
-from octavo.runtime.config import RuntimeOptions, parse_size
+from octavo.models.sizes import parse_size
+from octavo.runtime.config import RuntimeOptions
 from octavo.runtime.kv.budget import Budget, plan_blocks
 from onnx import TensorProto, helper
 
 
 def test_sizes():
     for text, size in (("2GiB", 2**31), (" 1.5 kB ", 1500), (7, 7), ("12", 12), ("1tib", 2**40), ("3 MB", 3_000_000)):
-        assert parse_size(text) == size
+        assert parse_size(text, "memory") == size
     for bad in ("", "GiB", "-1", "2 XB", "1e3", 0, -5, 1.5, True, None, "0", 2**60, "nan"):
         with pytest.raises(OptionError):
-            parse_size(bad)
+            parse_size(bad, "memory")
 
 
 @pytest.mark.parametrize("bad", [
