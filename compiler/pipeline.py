@@ -1,6 +1,6 @@
 """From a graph as exported to a graph that serves: the stages in order, and which kind comes of them.
 
-    normalize → dequantize → observe → match attention → (paged | contiguous | stateless) → clean → verify
+    normalize → dequantize, fold weights → observe → match attention → (paged | contiguous | stateless) → clean → verify
 
 Every target plans before it changes anything, so that a target that refuses leaves the graph as it was and the next one is tried. One that
 fails later (an exception, or a lowered graph that onnxruntime doesn't run) costs reading the source again. What nothing can be made of
@@ -33,6 +33,7 @@ from ..passes.cache_formats import cache_formats
 from ..passes.cache_interface import CacheInterface, plan_token_flat
 from ..passes.cleanup import Cleanup
 from ..passes.empty_past import EmptyPast
+from ..passes.fold_weights import FoldWeights
 from ..passes.linears.lower_quant import QuantizeLinears
 from ..passes.linears.rehearsal import Rehearsal
 from ..passes.linears.weights import WeightPlan
@@ -156,6 +157,7 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     ledger.run(WidenHalf(), model)
     stored = find_stored(model) if options.quantizes else {}
     quantized = ledger.run(FoldDequantize(), model).matched > 0
+    ledger.run(FoldWeights(), model)
     expansion = ExpandAttentionOps()
     ledger.run(expansion, model)
     ledger.attentions = candidates(model)

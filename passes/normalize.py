@@ -154,7 +154,7 @@ def _fold_small(model: ir.Model) -> tuple[int, str]:
     count = 0
     for value, array in zip(frontier, found):
         if array.nbytes <= FOLD_LIMIT:
-            _replace_by_constant(model, value, ir.Tensor(array, name=value.name))
+            replace_by_constant(model, value, ir.Tensor(array, name=value.name))
             count += 1
     return count, ""
 
@@ -172,7 +172,7 @@ def _foldable_nodes(model: ir.Model) -> set[ir.Node]:
     return nodes
 
 
-def _replace_by_constant(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def replace_by_constant(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol) -> None:
     """An initializer of the same name in `value`'s place; what computed it is left for the removal of dead nodes."""
     name = str(value.name)
     constant = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -204,7 +204,7 @@ class FoldDequantize(ir.passes.InPlacePass):
         if any(value.shape is None or value.dtype is None for value in folded):  # known sizes spare computing each once for its shape
             _TYPES(model)
         for value in folded:
-            _replace_by_constant(model, value, _lazily(prepare(model, cone([value]), {}), value))
+            replace_by_constant(model, value, computed_lazily(prepare(model, cone([value]), {}), value))
         if folded:
             common.RemoveUnusedNodesPass()(model)
         after = graph_size(model)
@@ -238,7 +238,7 @@ def _widens(node: ir.Node) -> bool:
     return (operand.const_value.dtype.name, ir.DataType(node.attributes.get_int("to")).name) in _WIDENING
 
 
-def _lazily(prepared: PreparedCone, value: ir.Value) -> ir.LazyTensor:
+def computed_lazily(prepared: PreparedCone, value: ir.Value) -> ir.LazyTensor:
     """`value`, computed from its constants when asked for."""
     compute = partial(_compute, prepared)
     if value.dtype is not None and value.shape is not None and value.shape.is_static():

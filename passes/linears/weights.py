@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...custom_ops.contract import ZeroPoint
 from ...custom_ops.packing import QuantizedWeight
 from ..outcome import Refusal
+from ..quantize.grid import on_grid
 from ..quantize.groups import Bits, GroupSize, Scheme, scheme_of
 from ..quantize.methods import Quantizer
 from ..quantize.stored import Stored, read_nbits, same_values
@@ -66,7 +67,8 @@ class Weights:
             return None
         found = self._as_stored(site)
         if isinstance(found, QuantizedWeight) and (wanted == "stored" or found.bits <= _BITS[wanted]):
-            self._count(f"{scheme_of(found)}, exactly as stored", site)
+            from_floats = not (isinstance(site, LinearSite) and site.packed) and str(site.weight.name) not in self._stored
+            self._count(f"{scheme_of(found)}, exactly {'as its floats are' if from_floats else 'as stored'}", site)
             return found
         if isinstance(found, Refusal):
             self.refusals.append(found)
@@ -85,7 +87,9 @@ class Weights:
             return read_nbits(site.node)
         stored = self._stored.get(str(site.weight.name))
         if stored is None:
-            return None
+            values = self._floats(site, None)
+            assert values is not None
+            return on_grid(values)
         found = stored.load(1 if isinstance(site, EmbeddingSite) or site.transposed else 0)
         floats = self._floats(site, None)
         assert floats is not None

@@ -177,7 +177,8 @@ def read_nbits(node: ir.Node) -> QuantizedWeight | Refusal:
     packed, scales, zeros = (_constant(_operand(node, i)) for i in (1, 2, 3))
     if packed is None or scales is None or (_operand(node, 3) is not None and zeros is None):
         return Refusal("its weight is no constant", name)
-    if _operand(node, 4) is not None:
+    order = _constant(_operand(node, 4))
+    if _operand(node, 4) is not None and (order is None or not np.array_equal(order.numpy().reshape(-1), np.arange(K) // block)):
         return Refusal("its inputs are reordered (g_idx)", name)
     if bits not in (2, 4, 8):
         return Refusal(f"{bits} bits", name, "2, 4 and 8 are known")

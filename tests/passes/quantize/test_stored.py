@@ -14,6 +14,7 @@ import pytest
 from octavo.custom_ops.packing import QuantizedWeight
 from octavo.passes.normalize import FoldDequantize, Normalize
 from octavo.passes.outcome import Refusal
+from octavo.passes.quantize.grid import on_grid
 from octavo.passes.quantize.groups import scheme_of
 from octavo.passes.quantize.stored import find_stored, read_nbits, same_values
 from onnx import TensorProto, helper, numpy_helper
@@ -206,6 +207,47 @@ def test_matmul_nbits_refusals() -> None:
     model.graph.initializers["s"].const_value = ir.Tensor(np.full((M, K // 32), 1 / 3, np.float32))
     found = read_nbits(next(iter(model.graph)))
     assert isinstance(found, Refusal) and "rounds otherwise" in found.reason  # onnxruntime rounds scale·q and scale·zero apart
+
+
+@pytest.mark.parametrize(("order", "taken"), [(np.arange(K) // 32, True), (np.arange(K) // 32 % 3, False)], ids=["runs", "mixed"])
+def test_inputs_in_an_order_that_is_none_are_taken(order: np.ndarray, taken: bool) -> None:
+    """g_idx of a checkpoint without activation order says what the blocks say already."""
+    model, _ = nbits(4, 32, "packed")
+    node = next(iter(model.graph))
+    value = ir.Value(name="g", const_value=ir.Tensor(order.astype(np.int32)), type=ir.TensorType(ir.DataType.INT32))
+    node.resize_inputs(5)
+    node.replace_input_with(4, value)
+    found, plain = read_nbits(node), read_nbits(next(iter(nbits(4, 32, "packed")[0].graph)))
+    assert isinstance(found, QuantizedWeight) == taken and isinstance(plain, QuantizedWeight)
+    assert np.array_equal(found.dequantize(), plain.dequantize()) if isinstance(found, QuantizedWeight) else "reordered" in found.reason
+
+
+def test_other_spellings_are_found_in_their_floats() -> None:
+    """Blocks in a dimension of their own, and constants that the graph quantizes and dequantizes itself: the values tell it all."""
+    rng = np.random.default_rng(3)
+    blocks = Graph([], [])
+    q, scale = blocks.constant("q", rng.integers(0, 16, (M, K // 32, 32)), "UINT4"), rng.uniform(0.01, 0.1, (M, K // 32, 1)).astype(np.float32)
+    blocks.op("DequantizeLinear", [q, blocks.constant("s", scale), blocks.constant("z", rng.integers(0, 16, (M, K // 32, 1)), "UINT4")], "w",
+              axis=2, block_size=32)
+    blocks.op("Reshape", ["w", blocks.constant("flat", [M, K], "INT64")], "rows")
+    blocks.op("Transpose", ["rows"], "out", perm=[1, 0])
+    itself = Graph([], [])
+    itself.constant("f", rng.normal(0, 0.05, (K, M)).astype(np.float32))
+    itself.constant("s", rng.uniform(0.001, 0.002, M).astype(np.float32))
+    itself.constant("z", rng.integers(120, 136, M), "UINT8")
+    itself.op("QuantizeLinear", ["f", "s", "z"], "q", axis=1)
+    itself.op("DequantizeLinear", ["q", "s", "z"], "out", axis=1)
+    for graph, scheme in ((blocks, "int4 in groups of 32, with zero points"), (itself, "int8 in groups of 128")):
+        model = graph.model("out")
+        Normalize()(model)
+        assert not {name for name in find_stored(model) if name != "w"}
+        FoldDequantize()(model)
+        weight = next(node for node in model.graph if node.op_type == "MatMul").inputs[1]
+        turned = weight.producer()
+        floats = weight.const_value.numpy() if turned is None else turned.inputs[0].const_value.numpy().T
+        found = on_grid(np.ascontiguousarray(floats.T))
+        assert found is not None and str(scheme_of(found)).startswith(scheme)
+        assert np.array_equal(found.dequantize(), floats.T)
 
 
 @pytest.mark.slow
