@@ -28,7 +28,7 @@ def read_record(record: type[Record], data: object, where: str) -> Record:
     for name, field in fields.items():
         if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SchemaError(f"{where} has no key {name!r}")
-    hints = _hints(record)
+    hints = _hints(record)  # type: ignore[arg-type]
     return record(**{name: _read(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 

@@ -83,7 +83,8 @@ def write_sequence(path: str | os.PathLike[str], saved: SavedSequence) -> None:
     try:
         with written.open("xb") as file:
             digest = hashlib.sha256()
-            for part in (_MAGIC, len(text).to_bytes(4, "little"), text, *(array.reshape(-1).view(np.uint8).data for array in arrays)):
+            parts: list[bytes | memoryview] = [_MAGIC, len(text).to_bytes(4, "little"), text]
+            for part in (*parts, *(array.reshape(-1).view(np.uint8).data for array in arrays)):
                 file.write(part)
                 digest.update(part)
             file.write(digest.digest())

@@ -175,8 +175,9 @@ class _Comparison:
         for side, graph in (("a", self.matching.before), ("b", self.matching.after)):
             for index, node in enumerate(graph.nodes):
                 for ref in node.inputs:
-                    near = isinstance(ref, Produced) and {(side, index), (side, ref.node)} <= self.open
-                    if near and self.layers.get((side, index)) == self.layers.get((side, ref.node)):
+                    if not isinstance(ref, Produced) or not {(side, index), (side, ref.node)} <= self.open:
+                        continue
+                    if self.layers.get((side, index)) == self.layers.get((side, ref.node)):
                         joined.join((side, index), (side, ref.node))
         for one, other in touching:
             if self.layers.get(one) == self.layers.get(other):
