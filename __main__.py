@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from . import __version__, diff_commands
+from . import __version__, diff_commands, plan_command
 from .console import BAD_INPUT, CHECK_FAILED, FINE, INTERNAL, INTERRUPTED, Json, print_result, say, working
 from .errors import ModelError, OctavoError, OptionError, StepError
 
@@ -343,6 +343,7 @@ _NEXT = """Where to go next
 
 
 app.add_typer(diff_commands.app)
+app.add_typer(plan_command.app)
 
 
 @app.command(epilog="Example: octavo doctor")

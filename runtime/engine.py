@@ -80,13 +80,17 @@ class Engine:
         ready = until or (lambda: all(request.done for request in requests))
         try:
             while not ready():
-                with self.turn:
-                    if not ready():
-                        self._step()
+                self.step_unless(ready)
         except BaseException:
             with self.turn:
                 self.cancel(requests)
             raise
+
+    def step_unless(self, ready: Callable[[], bool]) -> None:
+        """One step, unless `ready` says that it isn't needed any more."""
+        with self.turn:
+            if not ready():
+                self._step()
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Under the turn. Queues requests, all or none.

@@ -19,6 +19,7 @@ from ..models.decision import Decision
 from ..models.interface import GraphInterface
 from ..models.runner import Ids
 from ..models.spec import Kind
+from .astream import AsyncPieceStream
 from .bfloat16 import run_named
 from .decisions import DecisionLog
 from .embed import Embedder, Pooling
@@ -194,6 +195,12 @@ class Model:
             raise RequestError(f"stream takes one prompt, not {len(prompts)}", hint="generate takes several")
         ids = encode_prompt(prompts[0], self.tokenizer, self.engine.executor.vocab_size)
         return PieceStream(self.engine, self._begin([(ids, None)], params, priority=priority, deadline=deadline, salt=salt)[0])
+
+    def astream(
+        self, prompt: Any, params: SamplingParams | None = None, *, priority: int = 0, deadline: float | None = None, salt: str | None = None,
+    ) -> AsyncPieceStream:
+        """`stream` for `async for`. Steps run in a worker thread; cancelling the task that waits for a piece ends the request."""
+        return AsyncPieceStream(self.engine, self.stream(prompt, params, priority=priority, deadline=deadline, salt=salt))
 
     def begin_generation(self, state: SequenceState, params: SamplingParams, deadline: float | None) -> Generation:
         """Queues the continuation of a sequence (used by Sequence)."""

@@ -27,6 +27,11 @@ class PieceStream(Iterator[Piece]):
         """No more tokens will come of it."""
         return self._generation.done
 
+    @property
+    def ready(self) -> bool:
+        """The next piece is there, or there will be none: `next` runs no step."""
+        return bool(self._generation.pieces) or self._generation.done
+
     def __next__(self) -> Piece:
         generation = self._generation
         if not generation.pieces and not generation.done:
@@ -41,6 +46,11 @@ class PieceStream(Iterator[Piece]):
             with self._engine.turn:
                 self._engine.cancel(self._generation.requests)
             self._generation.pieces.clear()
+
+    def abandon(self) -> None:
+        """As `close`, with the next step: waits for no step that runs at the moment."""
+        if self._finalizer.detach():
+            _drop(self._engine, self._generation)
 
     def __enter__(self) -> PieceStream:
         return self

@@ -57,6 +57,16 @@ def plan_blocks(spec: ModelSpec, block_size: int, *, memory: int | None, model_b
     return Budget(count, size, reason)
 
 
+def sequences_that_fit(spec: ModelSpec, block_size: int, num_blocks: int, length: int) -> int:
+    """How many sequences of `length` tokens the pool holds at once; in groups with a window, once all have passed it."""
+    def blocks(window: int | None) -> int:
+        whole = -(-length // block_size)
+        # A window's positions can begin and end within a block, and the last full block's beginning still sees its own.
+        return whole if window is None else min(whole, -(-(window + block_size) // block_size) + 1)
+
+    return min(num_blocks // blocks(group.window) for group in spec.cache_groups)
+
+
 def free_memory() -> int | None:
     """Bytes that this process could still get without swapping, its control group's limit included; None where nobody says."""
     found = [value for value in (_available(), _cgroup_free()) if value is not None]
