@@ -60,7 +60,7 @@ class CapacityError(OctavoError):
 class QueueFullError(CapacityError):
     """So many requests wait already that another is not taken. `retry_after` is an estimate, in seconds, of when one will be."""
 
-    def __init__(self, message: str, *, hint: str = "", retry_after: float) -> None:
+    def __init__(self, message: str, *, hint: str = "", retry_after: float = 1.0) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
 

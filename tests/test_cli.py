@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.main import get_command
 
 COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "eval", "bench", "demo", "doctor", "snapshot")
+COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "demo", "doctor", "plan", "snapshot")
 
 
 @pytest.fixture(scope="module")
