@@ -28,6 +28,7 @@ from ..passes.attention.lower_flash import LowerFlash, inexpressible, plan_flash
 from ..passes.attention.lower_paged import LowerPaged
 from ..passes.attention.mask_candidates import meaning
 from ..passes.attention.match import candidates, match_anchors, refusals_of, sites_of
+from ..passes.attention.packed_rows import PackedRows
 from ..passes.attention.site import AttentionSite
 from ..passes.cache_formats import cache_formats
 from ..passes.cache_interface import CacheInterface, plan_token_flat
@@ -238,6 +239,11 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
     rounded = _quantize(understood, options, ledger, plan.interface, rehearsal)
+    for stage in (PackedRows(), Cleanup()):
+        ledger.run(stage, model)
+    broken = contract_refusals(model, plan.interface)
+    if broken:
+        raise AssertionError(f"the finished graph breaks a contract: {broken[0]}")
     ledger.sites = tuple(_line(site, "PagedAttention") for site in plan.sites)
     return Rewritten(model, "paged", plan.interface, plan.spec, understood.quantized, rounded)
 

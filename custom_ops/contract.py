@@ -176,7 +176,7 @@ PAGED_ATTENTION = OpContract(
         ),
         Port("alibi_slopes", _F32, "(H)", "adds slope·(key position − query position) to the scaled score", optional=True),
     ),
-    outputs=(Port("output", _F32, "(T, H·E)", "attention of every row"),),
+    outputs=(Port("output", _F32, "(T, H·E)", "attention of every row, in the query's leading dimensions"),),
     attributes=(
         *_HEADS,
         Attribute("rotary_interleaved", "int", 0, "1: pairs (2i, 2i+1); 0: pairs (i, i + r/2)"),
@@ -186,6 +186,7 @@ PAGED_ATTENTION = OpContract(
 )
 """Append this step's keys and values to the paged cache, then attend.
 
+In the place of T of query, key and value may stand several dimensions (four in all), whose product is T: (1, T, H·D). The output has the query's.
 A row's position is `past_seqlens[b] + depth`, depth 0 for a row whose parent is −1, else its parent's depth + 1. It sees the cached
 positions [0, past), its ancestors in this step, and itself, less what a window or the start of its chunk hides. Where `cos_cache` is given,
 q and k are rotated by position first; keys are cached rotated. Keys and values are always read as stored (rounded to the cache's type), this step's own too.

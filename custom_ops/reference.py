@@ -102,7 +102,7 @@ def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
 
 @dataclass(frozen=True)
 class PagedResult:
-    """`output` (T, H·E) and the caches after the append."""
+    """`output` (…, H·E) and the caches after the append."""
 
     output: Array
     key_cache: Array
@@ -171,11 +171,13 @@ def paged_attention(
 ) -> PagedResult:
     """contract.PAGED_ATTENTION. The caches given are left alone."""
     H, G = heads.num_heads, heads.kv_num_heads
-    T, P = query.shape[0], key_cache.shape[3]
+    leading, P = query.shape[:-1], key_cache.shape[3]
     key_cache, value_cache = key_cache.copy(), value_cache.copy()
     if key is None or value is None:
-        D = query.shape[1] // (H + 2 * G)
-        query, key, value = np.split(query, [H * D, (H + G) * D], axis=1)
+        D = query.shape[-1] // (H + 2 * G)
+        query, key, value = np.split(query, [H * D, (H + G) * D], axis=-1)
+    query, key, value = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+    T = len(query)
     q, k, v = _split(query, H).copy(), _split(key, G).copy(), _split(value, G)
     if q_norm_weight is not None and k_norm_weight is not None:
         q, k = normalize(q, q_norm_weight, qk_norm_epsilon), normalize(k, k_norm_weight, qk_norm_epsilon)
@@ -216,7 +218,7 @@ def paged_attention(
             extra = np.zeros(len(seen)) if alibi_slopes is None else float(alibi_slopes[h]) * (seen - p)
             sink = None if head_sink is None else float(head_sink[h])
             output[t, h] = cache.attend(q[t, h], g, blocks, offsets, seen, extra, heads, sink)
-    return PagedResult(output.reshape(T, H * v.shape[2]), key_cache, value_cache)
+    return PagedResult(output.reshape(*leading, H * v.shape[2]), key_cache, value_cache)
 
 
 def _slot(table: Array, position: int, P: int) -> int:

@@ -43,7 +43,7 @@ def _outputs(node: ir.Node, shapes: dict[ir.Value, Shape]) -> Sequence[Shape | N
     operands = [None if value is None else shapes.get(value) for value in node.inputs]
     first = operands[0] if operands else None
     if node.domain == DOMAIN:
-        return [_attention(node, operands)]
+        return _octavo(node, operands)
     if node.domain not in ("", "ai.onnx", "com.microsoft") or first is None:
         return []
     if node.op_type in _UNARY:
@@ -97,14 +97,18 @@ def _product(node: ir.Node, operands: Sequence[Shape | None]) -> Shape | None:
     return (*rows[:-1], weight[0] if node.attributes.get_int("transB", 0) else weight[1])
 
 
-def _attention(node: ir.Node, operands: Sequence[Shape | None]) -> Shape | None:
-    """[T, H·E] of PagedAttention, [B, S, H·E] of FlashAttention."""
-    if node.op_type not in ("PagedAttention", "FlashAttention") or operands[0] is None or operands[2] is None:
-        return None
-    width = operands[2][-1]
-    if not isinstance(width, int):
-        return None
-    return (*operands[0][:-1], width // node.attributes.get_int("kv_num_heads") * node.attributes.get_int("num_heads"))
+def _octavo(node: ir.Node, operands: Sequence[Shape | None]) -> Sequence[Shape | None]:
+    """The ops of the contract."""
+    first = operands[0]
+    if first is None:
+        return []
+    if node.op_type == "QuantLinear":
+        return [(*first[:-1], node.attributes.get_int("M")), first]
+    if node.op_type == "QuantEmbedding":
+        return [(*first, node.attributes.get_int("K"))]
+    H, G = node.attributes.get_int("num_heads"), node.attributes.get_int("kv_num_heads")
+    width, heads = (first[-1], H + 2 * G) if node.inputs[2] is None else ((operands[2] or (None,))[-1], G)
+    return [(*first[:-1], width // heads * H)] if isinstance(width, int) else []
 
 
 def _reshaped(shape: Shape, target: Sequence[int]) -> Shape | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from attention_cases import FLASH_CASES, PAGED_CASES, FlashCase, PagedCase
 from attention_run import run_flash, run_op, run_paged, same_bits
+from octavo.custom_ops import reference
 from octavo.custom_ops.contract import CACHE_FORMATS
 
 Array = np.ndarray
@@ -156,6 +157,20 @@ def test_a_packed_query_equals_three_inputs(name: str) -> None:
     apart = inputs | {n: x.copy() for n, x in zip(("query", "key", "value"), np.split(inputs["query"], widths, axis=1))}
     together, separate = run_paged(inputs, case), run_paged(apart, case)
     assert all(same_bits(getattr(together, part), getattr(separate, part)) for part in ("output", "key_cache", "value_cache"))
+
+
+@pytest.mark.parametrize("leading", [(1, -1), (-1, 1, 1), (4, -1)])
+@pytest.mark.parametrize("name", ["packed_int8", "packed_qk_norm", "ragged_rows"])
+def test_leading_dimensions_only_count_tokens(name: str, leading: tuple[int, ...]) -> None:
+    case = next((c for c in PAGED_CASES if c.name == name), PagedCase("ragged_rows", sequences=((0, 9), (20, 3))))
+    inputs = case.build()
+    assert len(inputs["query"]) % 4 == 0
+    shaped = inputs | {n: inputs[n].reshape(*leading, inputs[n].shape[-1]) for n in ("query", "key", "value") if n in inputs}
+    flat, got = run_paged(inputs, case), run_paged(shaped, case)
+    assert got.output.shape[:-1] == shaped["query"].shape[:-1]
+    assert same_bits(got.output.reshape(flat.output.shape), flat.output) and same_bits(got.key_cache, flat.key_cache)
+    meant = reference.paged_attention(case.heads, rotary_interleaved=case.interleaved, **shaped)
+    assert meant.output.shape == got.output.shape
 
 
 @pytest.mark.parametrize("name", ["prefill_33", "prefill_257", "tree", "everything", "prefill_257_int8", "tree_int8", "everything_int8"])

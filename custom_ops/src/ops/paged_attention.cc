@@ -31,6 +31,8 @@ constexpr PortDefinition kInputs[] = {
 static_assert(sizeof kInputs / sizeof kInputs[0] == kInputCount);
 constexpr PortDefinition kOutputs[] = {{"output", ort::kFloat, false}};
 
+constexpr int kMaxRank = 4;  // of query, key and value
+
 class PagedAttention {
  public:
   Status init(const Attributes& attributes) {
@@ -65,7 +67,7 @@ class PagedAttention {
     const std::int64_t T = step_input.T;
     OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(T * heads_.H * query_bytes), &query));
     if (step.has_tree) OCTAVO_TRY(call.scratch.take(static_cast<std::size_t>(PagedKeys::lane_bytes(cache)) * kMaxLanes, &lanes));
-    OCTAVO_TRY(call.output(0, {T, heads_.H * cache.E}, &output));
+    OCTAVO_TRY(make_output(call, in[kQuery], heads_.H * cache.E, &output));
     OCTAVO_TRY(append(call, in, rows, cache, step_input, step, query, query_bytes));
 
     const PagedKeys keys(cache, step_input, step, lanes);
@@ -91,30 +93,58 @@ class PagedAttention {
  private:
   // Where the heads of a token lie: `stride` floats from one token to the next.
   struct Rows {
+    std::int64_t T;
     const float *query, *key, *value;
     std::int64_t query_stride, key_stride, value_stride;
   };
 
+  // The tokens of a tensor (..., width): every dimension but the last counts them.
+  static Status row_count(const Tensor& tensor, std::int64_t* T) {
+    if (tensor.rank < 2 || tensor.rank > kMaxRank) {
+      return Status::invalid("input '%s' has rank %d, expected 2 to %d: rows of tokens", tensor.name, tensor.rank, kMaxRank);
+    }
+    *T = 1;
+    for (int i = 0; i + 1 < tensor.rank; ++i) *T *= tensor.shape[i];
+    return Status::ok();
+  }
+
+  static Status expect_rows(const Tensor& tensor, std::int64_t T, std::int64_t width, const char* meaning) {
+    std::int64_t rows = 0;
+    OCTAVO_TRY(row_count(tensor, &rows));
+    const std::int64_t shape[2] = {T, width};
+    if (rows == T && (width < 0 || tensor.shape[tensor.rank - 1] == width)) return Status::ok();
+    return expect_shape(tensor, 2, shape, meaning);
+  }
+
+  // As many leading dimensions as the query has.
+  static Status make_output(Call& call, const Tensor& query, std::int64_t width, float** out) {
+    std::int64_t shape[kMaxRank];
+    for (int i = 0; i < query.rank; ++i) shape[i] = query.shape[i];
+    shape[query.rank - 1] = width;
+    return call.output(0, shape, static_cast<std::size_t>(query.rank), out);
+  }
+
   // Head sizes and rows, from query, key and value, or from a query that holds all three.
   Status check_rows(const Tensor* in, Rows* rows, std::int64_t* D, std::int64_t* E) const {
     const std::int64_t H = heads_.H, G = heads_.G;
-    OCTAVO_TRY(expect_shape(in[kQuery], {-1, -1}, "(T, H*D) or (T, (H+2*G)*D)"));
-    const std::int64_t T = in[kQuery].shape[0], width = in[kQuery].shape[1];
+    OCTAVO_TRY(row_count(in[kQuery], &rows->T));
     if (in[kKey].present() != in[kValue].present()) return Status::invalid("inputs 'key' and 'value' must be given together, or lie in 'query'");
+    const int last = in[kQuery].rank - 1;
+    const std::int64_t width = in[kQuery].shape[last];
     rows->query = in[kQuery].as<float>();
     rows->query_stride = width;
     if (!in[kKey].present()) {
-      OCTAVO_TRY(head_size(in[kQuery], 1, H + 2 * G, D));
+      OCTAVO_TRY(head_size(in[kQuery], last, H + 2 * G, D));
       *E = *D;
       rows->key = rows->query + H * *D;
       rows->value = rows->key + G * *D;
       rows->key_stride = rows->value_stride = width;
       return Status::ok();
     }
-    OCTAVO_TRY(head_size(in[kQuery], 1, H, D));
-    OCTAVO_TRY(expect_shape(in[kKey], {T, G * *D}, "(T, G*D)"));
-    OCTAVO_TRY(expect_shape(in[kValue], {T, -1}, "(T, G*E)"));
-    OCTAVO_TRY(head_size(in[kValue], 1, G, E));
+    OCTAVO_TRY(head_size(in[kQuery], last, H, D));
+    OCTAVO_TRY(expect_rows(in[kKey], rows->T, G * *D, "(T, G*D)"));
+    OCTAVO_TRY(expect_rows(in[kValue], rows->T, -1, "(T, G*E)"));
+    OCTAVO_TRY(head_size(in[kValue], in[kValue].rank - 1, G, E));
     rows->key = in[kKey].as<float>();
     rows->value = in[kValue].as<float>();
     rows->key_stride = G * *D;
@@ -130,7 +160,7 @@ class PagedAttention {
     const std::int64_t H = heads_.H, G = heads_.G;
     std::int64_t D = 0, E = 0;
     OCTAVO_TRY(check_rows(in, rows, &D, &E));
-    const std::int64_t T = in[kQuery].shape[0];
+    const std::int64_t T = rows->T;
     const CacheType type = in[kKeyCache].type == ort::kUint8 ? kCacheInt8 : in[kKeyCache].type == ort::kFloat16 ? kCacheHalf : kCacheFloat;
     if (type == kCacheFloat) OCTAVO_TRY(expect_type(in[kKeyCache], ort::kFloat, "float32, float16 or uint8"));
     const bool int8 = type == kCacheInt8;

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import Arrays, one_sequence, run, token_flat, written
+from graphs import Arrays, one_sequence, quantize, run, token_flat, written
+from octavo.passes.attention.packed_rows import PackedRows
 from octavo.passes.linears.shapes import infer_shapes
 
 
@@ -19,10 +20,14 @@ def all_shapes(model: ir.Model, feeds: Arrays) -> dict[str, tuple[int, ...]]:
     return {str(value.name): array.shape for value, array in zip(model.graph.outputs, run(model, feeds))}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_token_flat_decoder(name: str) -> None:
-    """All of it is known, with T and R told apart."""
+@pytest.mark.parametrize(("name", "quantized"), [("llama", False), ("qwen2", False), ("llama", True)])
+def test_a_token_flat_decoder(name: str, quantized: bool) -> None:
+    """All of it is known, with T and R told apart; with the ops of quantized weights and attention of packed rows too."""
     model = token_flat(name)
+    if quantized:
+        quantize(model)
+        PackedRows()(model)
+        assert {"QuantLinear", "QuantEmbedding"} < {node.op_type for node in model.graph} and "Split" not in {node.op_type for node in model.graph}
     inferred = infer_shapes(model.graph)
     feeds = one_sequence(model, np.arange(3, 10))
     feeds["logit_rows"] = np.array([6, 2])
