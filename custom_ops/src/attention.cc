@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 
@@ -9,6 +10,10 @@ namespace {
 // A sequence with at most this many rows (decode, short drafts) gives each chunk to a thread of its own: its few tiles would not fill the
 // pool, and reading the cache is what takes the time. Longer ones keep their running state in the first-level cache.
 constexpr std::int64_t kSplitRows = 8;
+
+// Pieces that follow each other are taken together by one thread, which asks for the keys and values of the next while it computes one: at most
+// this many, and fewer where there would be less than kRuns such runs to spread.
+constexpr std::size_t kLongestRun = 6, kRuns = 16;
 
 // Query rows of a KV head are numbered token by token, group member by group member: number n is token n / (H/G), head g·(H/G) + n % (H/G).
 // A piece of work is one tile (up to kLanes numbers) over the chunks [chunk0, chunk1). The pieces of a chunk follow each other for all KV
@@ -41,7 +46,10 @@ class Driver {
     work_count_ = split_count_ = 0;
     partial_floats_ = 0;
     for_each_tile([&](const Work& tile) { place(tile); });
-    return parallel.run(work_count_, [this](std::size_t i, std::size_t lane) { attend_tile(work_[i], lane); });
+    const std::size_t run = std::clamp<std::size_t>(work_count_ / kRuns, 1, kLongestRun);
+    return parallel.run((work_count_ + run - 1) / run, [this, run](std::size_t i, std::size_t lane) {
+      attend_run(i * run, std::min(work_count_, (i + 1) * run), lane);
+    });
   }
 
  private:
@@ -133,14 +141,58 @@ class Driver {
     }
   }
 
-  void attend_tile(const Work& w, std::size_t lane) const {
+  // The chunks of the pieces [begin, end), one after the other. Each points at the one that follows, which is then asked for while it is computed.
+  class Reader {
+   public:
+    Reader(const Driver& driver, std::size_t begin, std::size_t end, std::size_t lane) : driver_(driver), at_(begin), end_(end), lane_(lane) {
+      chunk_ = driver.work_[begin].chunk0;
+      skip_empty();
+    }
+
+    const ChunkView& take() {
+      ChunkView& now = views_[turn_];
+      ChunkView& next = views_[turn_ ^= 1];
+      now.cold = !ready_;
+      if (!ready_) view(&now);
+      ++chunk_;
+      skip_empty();
+      ready_ = at_ < end_ && driver_.a_.keys->in_place(driver_.work_[at_].sequence);
+      if (ready_) view(&next);
+      now.ahead = ready_ ? &next : nullptr;
+      return now;
+    }
+
+   private:
+    void view(ChunkView* out) const {
+      const Work& work = driver_.work_[at_];
+      driver_.a_.keys->view(work.sequence, work.g, chunk_, lane_, out);
+    }
+    void skip_empty() {
+      while (at_ < end_ && chunk_ >= driver_.work_[at_].chunk1) {
+        if (++at_ < end_) chunk_ = driver_.work_[at_].chunk0;
+      }
+    }
+
+    const Driver& driver_;
+    std::size_t at_, end_, lane_;
+    std::int32_t chunk_;
+    int turn_ = 0;
+    bool ready_ = false;
+    ChunkView views_[2];
+  };
+
+  void attend_run(std::size_t begin, std::size_t end, std::size_t lane) const {
+    Reader reader(*this, begin, end, lane);
+    for (std::size_t i = begin; i < end; ++i) attend_piece(work_[i], &reader);
+  }
+
+  void attend_piece(const Work& w, Reader* reader) const {
     Tile tile;
-    ChunkView view;
     fill(w, &tile);
+    const CacheKernels& kernels = *k_.cache[a_.cache_type];
     if (w.split >= 0) {
       Split& split = split_[w.split];
-      a_.keys->view(w.sequence, w.g, w.chunk0, lane, &view);
-      k_.cache[a_.cache_type]->attend_chunk(tile, view, state_of(split, w.chunk0));
+      kernels.attend_chunk(tile, reader->take(), state_of(split, w.chunk0));
       if (split.left.fetch_sub(1, std::memory_order_acq_rel) == 1) join(split);
       return;
     }
@@ -148,8 +200,7 @@ class Driver {
     const Softmax state = state_at(buffers[0]), chunk = state_at(buffers[1]);
     clear(state);
     for (std::int32_t c = w.chunk0; c < w.chunk1; ++c) {
-      a_.keys->view(w.sequence, w.g, c, lane, &view);
-      k_.cache[a_.cache_type]->attend_chunk(tile, view, chunk);
+      kernels.attend_chunk(tile, reader->take(), chunk);
       k_.merge(w.rows, a_.E, state, chunk);
     }
     finish(w, state);

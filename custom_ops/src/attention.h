@@ -25,6 +25,8 @@ class KeySource {
   // Where the keys of `chunk` of one sequence and KV head lie. `lane` is the caller's, for scratch that stays valid until the next call
   // with the same lane.
   virtual void view(std::int64_t sequence, int g, std::int32_t chunk, std::size_t lane, ChunkView* out) const = 0;
+  // Whether views of this sequence take no scratch: they may then be made before they are read.
+  virtual bool in_place(std::int64_t sequence) const = 0;
 
  protected:
   ~KeySource() = default;

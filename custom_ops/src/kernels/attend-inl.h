@@ -4,6 +4,7 @@
 // slots hold, or on how a chunk is cut into blocks. Therefore: each score is one fma chain over d, ascending; the row's own maximum; l over
 // sixteen lanes (position mod 16) and one tree; each output one fma chain over its visible positions, ascending.
 #pragma once
+#include "kernels/ahead-inl.h"
 #include "kernels/kernels.h"
 #include "kernels/math-inl.h"
 #include "kernels/with_size-inl.h"
@@ -26,8 +27,8 @@ OCTAVO_INLINE Range within(const Tile& tile, int r, std::int32_t first) {
 OCTAVO_INLINE bool hides(float probability) { return __builtin_signbit(probability) != 0; }
 
 // scores[r][position] = query[r] · key[position] for R rows from `row` and V vectors of positions from `vec`.
-template <class T, int R, int V>
-OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row, int vec, float (*scores)[kChunk]) {
+template <class T, int R, int V, class Asks>
+OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row, int vec, float (*scores)[kChunk], Asks* ahead) {
   const T* key[V];
   const float* query[R];
   Vec acc[R][V];
@@ -40,6 +41,7 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
     for (int v = 0; v < V; ++v) acc[r][v] = broadcast(0.0f);
   }
   for (int d = 0; d < tile.D; ++d) {
+    ahead->template step<sizeof(T)>();
     Vec k[V];
     for (int v = 0; v < V; ++v) {
       k[v] = load(key[v]);
@@ -55,35 +57,15 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
   }
 }
 
-// A tile with at most this many rows is decoding: what it reads comes from memory, once.
-inline constexpr int kReadingRows = 4;
-
-// Asks for the blocks of the vectors [vec, last): few rows take less time over a block than memory does to bring the next.
-OCTAVO_INLINE void prefetch_blocks(const void* const* blocks, const ChunkView& view, int vec, int last, int block_bytes) {
-  const int P = 1 << view.log2_block;
-  for (int at = vec * kLanes; at < last * kLanes; at = (at | (P - 1)) + 1) {
-    const char* block = static_cast<const char*>(blocks[at >> view.log2_block]);
-    for (int byte = 0; byte < block_bytes; byte += 64) prefetch(block + byte);
-  }
-}
-
-template <class T>
-OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk]) {
-  const bool paged = view.value_stride == tile.E && view.log2_block < kLog2Chunk;  // elsewhere a block's bytes are not its own, or a chunk is one
+template <class T, class Asks>
+OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk], Asks* ahead) {
   for (int row = 0; row < tile.rows;) {
     const int rows = tile.rows - row < kTileRows ? tile.rows - row : kTileRows;
     with_size<kTileRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = tile_vecs(R);
       int vec = first_vec;
-      for (; vec + V <= last_vec; vec += V) {
-        if (R <= kReadingRows && row == 0 && paged) {
-          const int next = vec + V, after = next + V < last_vec ? next + V : last_vec;
-          prefetch_blocks(view.key, view, next, after, static_cast<int>(sizeof(T)) * tile.D << view.log2_block);
-          prefetch_blocks(view.value, view, vec, next, static_cast<int>(sizeof(T)) * tile.E << view.log2_block);
-        }
-        score_block<T, R, V>(tile, view, row, vec, scores);
-      }
-      for (; vec < last_vec; ++vec) score_block<T, R, 1>(tile, view, row, vec, scores);
+      for (; vec + V <= last_vec; vec += V) score_block<T, R, V>(tile, view, row, vec, scores, ahead);
+      for (; vec < last_vec; ++vec) score_block<T, R, 1>(tile, view, row, vec, scores, ahead);
     });
     row += rows;
   }
@@ -144,9 +126,9 @@ OCTAVO_INLINE RowSoftmax softmax_row(const Tile& tile, std::int32_t first, int r
 }
 
 // o[r][e…] = Σ p[r][j]·value[j][e…] for R rows and V vectors of e; the last vector holds `width` lanes. All R rows see every key of `common`.
-template <class T, int R, int V>
+template <class T, int R, int V, class Asks>
 OCTAVO_INLINE void value_block(const ChunkView& view, int row, int e, int width, Range all, Range common, const float (*p)[kChunk], float* o,
-                               int o_stride) {
+                               int o_stride, Asks* ahead) {
   Vec acc[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) acc[r][v] = broadcast(0.0f);
@@ -170,6 +152,7 @@ OCTAVO_INLINE void value_block(const ChunkView& view, int row, int e, int width,
   };
   some_rows(all.lo, common.lo);
   for (int j = common.lo; j < common.hi; ++j) {
+    ahead->template step<sizeof(T)>();
     Vec value[V];
     load_value(j, value);
     for (int r = 0; r < R; ++r) {
@@ -183,8 +166,8 @@ OCTAVO_INLINE void value_block(const ChunkView& view, int row, int e, int width,
   }
 }
 
-template <class T>
-OCTAVO_INLINE void value_all(const Tile& tile, const ChunkView& view, Range all, const Range* full, const float (*p)[kChunk], float* o) {
+template <class T, class Asks>
+OCTAVO_INLINE void value_all(const Tile& tile, const ChunkView& view, Range all, const Range* full, const float (*p)[kChunk], float* o, Asks* ahead) {
   const int o_stride = (tile.E + kLanes - 1) / kLanes * kLanes;
   for (int row = 0; row < tile.rows;) {
     const int rows = tile.rows - row < kTileRows ? tile.rows - row : kTileRows;
@@ -197,17 +180,17 @@ OCTAVO_INLINE void value_all(const Tile& tile, const ChunkView& view, Range all,
     with_size<kTileRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = tile_vecs(R);
       int e = 0;
-      for (; e + V * kLanes <= tile.E; e += V * kLanes) value_block<T, R, V>(view, row, e, kLanes, all, common, p, o, o_stride);
+      for (; e + V * kLanes <= tile.E; e += V * kLanes) value_block<T, R, V>(view, row, e, kLanes, all, common, p, o, o_stride, ahead);
       for (; e < tile.E; e += kLanes) {
-        value_block<T, R, 1>(view, row, e, tile.E - e < kLanes ? tile.E - e : kLanes, all, common, p, o, o_stride);
+        value_block<T, R, 1>(view, row, e, tile.E - e < kLanes ? tile.E - e : kLanes, all, common, p, o, o_stride, ahead);
       }
     });
     row += rows;
   }
 }
 
-template <class T>
-void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
+template <class T, class Asks>
+void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
   Range all = {kChunk, 0}, full[kLanes];
   for (int r = 0; r < kLanes; ++r) {
     out.m[r] = -kInfinity;
@@ -222,14 +205,20 @@ void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
   if (all.lo >= all.hi) return;
   const int first_vec = all.lo / kLanes, last_vec = (all.hi + kLanes - 1) / kLanes;
   alignas(64) float scores[kLanes][kChunk];
-  score_all<T>(tile, view, first_vec, last_vec, scores);
+  Asks ahead(view);
+  score_all<T>(tile, view, first_vec, last_vec, scores, &ahead);
   for (int r = 0; r < tile.rows; ++r) {
     const RowSoftmax row = softmax_row(tile, view.first, r, first_vec, last_vec, scores[r]);
     out.m[r] = row.m;
     out.l[r] = row.l;
     full[r] = row.all_seen ? within(tile, r, view.first) : Range{kChunk, 0};
   }
-  value_all<T>(tile, view, all, full, scores, out.o);
+  value_all<T>(tile, view, all, full, scores, out.o, &ahead);
+}
+
+template <class T>
+void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
+  reads(tile, view) ? attend_with<T, Ahead>(tile, view, out) : attend_with<T, NothingAhead>(tile, view, out);
 }
 
 }  // namespace octavo::OCTAVO_TARGET

@@ -10,6 +10,9 @@
 
 namespace octavo::OCTAVO_INT8_TARGET {
 
+// Lines asked for at each quad of a product and each vector of a softmax: these pass once over a chunk in fewer steps than it has lines.
+inline constexpr int kLinesAhead = 4;
+
 struct QueryRow {
   const float* scale;
   const std::int32_t* start;
@@ -22,8 +25,8 @@ OCTAVO_INLINE QueryRow query_row(const Tile& tile, int r, int groups) {
   return {scale, start, reinterpret_cast<const std::int8_t*>(start + groups)};
 }
 
-template <int R, int V>
-OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row, int vec, float (*scores)[kChunk]) {
+template <int R, int V, class Asks>
+OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row, int vec, float (*scores)[kChunk], Asks* ahead) {
   const int P = 1 << view.log2_block, groups = static_cast<int>(int8_groups(tile.D)), quads = static_cast<int>(int8_padded(tile.D)) / 4;
   const int size = groups == 1 ? quads : kScaleGroup / 4;
   const std::uint8_t* key[V];
@@ -43,6 +46,7 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
     }
     const int end = quads < (g + 1) * size ? quads : (g + 1) * size;
     for (int quad = g * size; quad < end; ++quad) {
+      ahead->template step<kLinesAhead>();
       Unsigned k[V];
       for (int v = 0; v < V; ++v) k[v] = load_unsigned(key[v] + quad * 4 * P);
       for (int r = 0; r < R; ++r) {
@@ -61,21 +65,15 @@ OCTAVO_INLINE void score_block(const Tile& tile, const ChunkView& view, int row,
   }
 }
 
-OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk]) {
+template <class Asks>
+OCTAVO_INLINE void score_all(const Tile& tile, const ChunkView& view, int first_vec, int last_vec, float (*scores)[kChunk], Asks* ahead) {
   for (int row = 0; row < tile.rows;) {
     const int rows = tile.rows - row < kRows ? tile.rows - row : kRows;
     with_size<kRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = vecs(R);
       int vec = first_vec;
-      for (; vec + V <= last_vec; vec += V) {
-        if (R <= kReadingRows && row == 0) {
-          const int next = vec + V, after = next + V < last_vec ? next + V : last_vec;
-          prefetch_blocks(view.key, view, next, after, static_cast<int>(int8_key_width(tile.D)) << view.log2_block);
-          prefetch_blocks(view.value, view, vec, next, static_cast<int>(int8_value_width(tile.E)) << view.log2_block);
-        }
-        score_block<R, V>(tile, view, row, vec, scores);
-      }
-      for (; vec < last_vec; ++vec) score_block<R, 1>(tile, view, row, vec, scores);
+      for (; vec + V <= last_vec; vec += V) score_block<R, V>(tile, view, row, vec, scores, ahead);
+      for (; vec < last_vec; ++vec) score_block<R, 1>(tile, view, row, vec, scores, ahead);
     });
     row += rows;
   }
@@ -98,8 +96,9 @@ struct RowState {
 };
 
 // scores[r] is used up; bytes[0, kChunk) of the vectors from first_vec to last_vec are written.
+template <class Asks>
 OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, int first_vec, int last_vec, const float* value_scale,
-                                   float* scores, std::uint8_t* bytes) {
+                                   float* scores, std::uint8_t* bytes, Asks* ahead) {
   const Range seen = within(tile, r, first);
   for (int at = first_vec * kLanes; at < last_vec * kLanes; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
   if (seen.lo >= seen.hi) return {-kInfinity, 0.0f, 0.0f};
@@ -124,6 +123,7 @@ OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, 
     return {l != l ? l : m, l, 0.0f};
   }
   for (int at = from; at < to; at += kLanes) {
+    ahead->template step<kLinesAhead>();
     const Vec x = sub(load(scores + at), broadcast(m));
     const Mask gone = less(x, broadcast(-87.0f));
     const Vec p = exp_short(x, gone), w = select(gone, broadcast(0.0f), mul(p, load(value_scale + at)));
@@ -138,9 +138,9 @@ OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, 
   return {l != l ? l : m, l, top / 255.0f};
 }
 
-template <int R, int V>
+template <int R, int V, class Asks>
 OCTAVO_INLINE void value_block(const Tile& tile, const ChunkView& view, int row, int e, int first, int last, const std::uint8_t (*bytes)[kChunk],
-                               const float* factors, float* o, int o_stride) {
+                               const float* factors, float* o, int o_stride, Asks* ahead) {
   const int P = 1 << view.log2_block, quad_bytes = static_cast<int>(int8_padded(tile.E)) * 4;
   Ints acc[R][V];
   for (int r = 0; r < R; ++r) {
@@ -150,6 +150,7 @@ OCTAVO_INLINE void value_block(const Tile& tile, const ChunkView& view, int row,
     const int end = (at | (P - 1)) + 1 < last ? (at | (P - 1)) + 1 : last;
     const std::int8_t* value = static_cast<const std::int8_t*>(view.value[at >> view.log2_block]) + (at & (P - 1)) / 4 * quad_bytes + e * 4;
     for (; at < end; at += 4, value += quad_bytes) {
+      ahead->template step<kLinesAhead>();
       Signed x[V];
       for (int v = 0; v < V; ++v) x[v] = load_signed(value + v * 4 * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -164,22 +165,24 @@ OCTAVO_INLINE void value_block(const Tile& tile, const ChunkView& view, int row,
 }
 
 // The last vector of e may reach into the next quad or the scales: what its lanes hold there is never read.
+template <class Asks>
 OCTAVO_INLINE void value_all(const Tile& tile, const ChunkView& view, int first, int last, const std::uint8_t (*bytes)[kChunk],
-                             const float* factors, float* o) {
+                             const float* factors, float* o, Asks* ahead) {
   const int o_stride = (tile.E + kLanes - 1) / kLanes * kLanes;
   for (int row = 0; row < tile.rows;) {
     const int rows = tile.rows - row < kRows ? tile.rows - row : kRows;
     with_size<kRows>(rows, [&](auto size) __attribute__((always_inline)) {
       constexpr int R = decltype(size)::value, V = vecs(R);
       int e = 0;
-      for (; e + V * kLanes <= o_stride; e += V * kLanes) value_block<R, V>(tile, view, row, e, first, last, bytes, factors, o, o_stride);
-      for (; e < o_stride; e += kLanes) value_block<R, 1>(tile, view, row, e, first, last, bytes, factors, o, o_stride);
+      for (; e + V * kLanes <= o_stride; e += V * kLanes) value_block<R, V>(tile, view, row, e, first, last, bytes, factors, o, o_stride, ahead);
+      for (; e < o_stride; e += kLanes) value_block<R, 1>(tile, view, row, e, first, last, bytes, factors, o, o_stride, ahead);
     });
     row += rows;
   }
 }
 
-inline void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
+template <class Asks>
+void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
   Range all = {kChunk, 0};
   for (int r = 0; r < kLanes; ++r) {
     out.m[r] = -kInfinity;
@@ -196,18 +199,23 @@ inline void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax&
   alignas(64) float scores[kLanes][kChunk], value_scale[kChunk];
   alignas(64) std::uint8_t bytes[kLanes][kChunk];
   float factors[kLanes];
-  score_all(tile, view, first_vec, last_vec, scores);
+  Asks ahead(view);
+  score_all(tile, view, first_vec, last_vec, scores, &ahead);
   for (int at = first_vec * kLanes; at < last_vec * kLanes; at += kLanes) {
     const std::uint8_t* block = static_cast<const std::uint8_t*>(view.value[at >> view.log2_block]);
     store(value_scale + at, load(reinterpret_cast<const float*>(block + int8_padded(tile.E) * P) + (at & (P - 1))));
   }
   for (int r = 0; r < tile.rows; ++r) {
-    const RowState row = softmax_row(tile, view.first, r, first_vec, last_vec, value_scale, scores[r], bytes[r]);
+    const RowState row = softmax_row(tile, view.first, r, first_vec, last_vec, value_scale, scores[r], bytes[r], &ahead);
     out.m[r] = row.m;
     out.l[r] = row.l;
     factors[r] = row.factor;
   }
-  value_all(tile, view, first_vec * kLanes, last_vec * kLanes, bytes, factors, out.o);
+  value_all(tile, view, first_vec * kLanes, last_vec * kLanes, bytes, factors, out.o, &ahead);
+}
+
+inline void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
+  reads(tile, view) ? attend_with<Ahead>(tile, view, out) : attend_with<NothingAhead>(tile, view, out);
 }
 
 }  // namespace octavo::OCTAVO_INT8_TARGET

@@ -34,6 +34,10 @@ struct ChunkView {
   std::int64_t value_stride;  // elements between (slot, e) and (slot + 1, e); of fp32 and fp16 only
   const void* key[kMaxBlocks];
   const void* value[kMaxBlocks];
+  std::int64_t key_bytes;     // of a block that lies in one piece; 0: not worth asking for early
+  std::int64_t value_bytes;
+  const ChunkView* ahead;     // what this thread reads next, or null
+  bool cold;                  // not what the chunk before pointed at
 };
 
 }  // namespace octavo

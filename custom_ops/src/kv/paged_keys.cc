@@ -36,14 +36,20 @@ void copy_slot(const PagedCache& cache, std::int64_t slot, int g, char* key, cha
 
 void PagedKeys::view(std::int64_t sequence, int g, std::int32_t chunk, std::size_t lane, ChunkView* out) const {
   const Owner& owner = step_.owners[sequence];
+  const int log2_block = __builtin_ctz(static_cast<unsigned>(cache_.P)), blocks = kChunk >> log2_block;
+  const std::int64_t key_bytes = cache_.key_bytes() << log2_block, value_bytes = cache_.value_bytes() << log2_block;
+  const std::int32_t* table = input_.block_table + owner.b * input_.M;
   out->first = chunk * kChunk;
-  out->log2_block = __builtin_ctz(static_cast<unsigned>(cache_.P));
+  out->log2_block = log2_block;
   out->key_stride = cache_.P;
   out->value_stride = cache_.E;
-  for (std::int64_t i = 0; i < kChunk / cache_.P; ++i) {
-    const std::int64_t slot = slot_of(input_, owner.b, out->first + i * cache_.P);
-    out->key[i] = slot < 0 ? nullptr : cache_.key_block(slot, g);
-    out->value[i] = slot < 0 ? nullptr : cache_.value_block(slot, g);
+  out->key_bytes = key_bytes;
+  out->value_bytes = value_bytes;
+  for (std::int64_t i = 0, at = std::int64_t{chunk} * blocks; i < blocks; ++i, ++at) {
+    const std::int32_t block = at < input_.M ? table[at] : -1;
+    const bool mapped = block >= 0 && block < cache_.N;
+    out->key[i] = mapped ? static_cast<const char*>(cache_.key) + (block * cache_.G + g) * key_bytes : nullptr;
+    out->value[i] = mapped ? static_cast<const char*>(cache_.value) + (block * cache_.G + g) * value_bytes : nullptr;
   }
   if (owner.tree_row >= 0) gather(owner.tree_row, owner.b, g, lane, out);
 }

@@ -31,6 +31,7 @@ class PagedKeys final : public KeySource {
   static std::int64_t lane_bytes(const PagedCache& cache) { return kChunk * (cache.key_bytes() + cache.value_bytes()); }
 
   void view(std::int64_t sequence, int g, std::int32_t chunk, std::size_t lane, ChunkView* out) const override;
+  bool in_place(std::int64_t sequence) const override { return step_.owners[sequence].tree_row < 0; }
 
  private:
   void gather(std::int32_t row, std::int64_t b, int g, std::size_t lane, ChunkView* out) const;

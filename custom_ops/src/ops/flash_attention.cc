@@ -33,9 +33,11 @@ class PackedKeys final : public KeySource {
     out->log2_block = __builtin_ctz(kChunk);
     out->key_stride = kChunk;
     out->value_stride = G_ * n_.E;
+    out->key_bytes = out->value_bytes = 0;
     out->key[0] = packed_ + ((sequence * G_ + g) * n_.chunks() + chunk) * n_.D * kChunk;
     out->value[0] = value_ + ((sequence * n_.T + out->first) * G_ + g) * n_.E;
   }
+  bool in_place(std::int64_t) const override { return true; }
 
  private:
   const Sizes& n_;
