@@ -6,7 +6,7 @@ the op where it is the op's own (RMSNorm of each head of D by a constant weight,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import onnx_ir as ir
@@ -109,15 +109,27 @@ def _head_norms(
 
 
 def _head_norm(value: ir.Value, D: int, norms: dict[ir.Value, Norm], shapes: dict[ir.Value, Shape]) -> Norm | None:
-    """The norm, read by nobody else, that `value` is a Reshape of."""
+    """The norm, read by nobody else, that `value` is a Reshape of. Where it was taken heads first, its source is the tokens' again."""
+    heads_first = False
     while len(value.uses()) == 1 and not value.is_graph_output():
         norm, node = norms.get(value), value.producer()
         if norm is not None:
-            return norm if shapes.get(norm.weight) == (D,) and _width(value, shapes) == D else None
-        if node is None or not is_standard(node, "Reshape") or node.inputs[0] is None:
+            source = _transposed(norm.source.producer()) if heads_first else norm.source
+            return replace(norm, source=source) if source is not None and shapes.get(norm.weight) == (D,) and _width(value, shapes) == D else None
+        before = _transposed(node)
+        if before is not None and not heads_first:
+            value, heads_first = before, True
+        elif node is not None and is_standard(node, "Reshape") and not heads_first and node.inputs[0] is not None:
+            value = node.inputs[0]
+        else:
             return None
-        value = node.inputs[0]
     return None
+
+
+def _transposed(node: ir.Node | None) -> ir.Value | None:
+    """What a Transpose of tokens and heads reads."""
+    turns = node is not None and is_standard(node, "Transpose") and tuple(node.attributes.get_ints("perm", ())) == (0, 2, 1, 3)
+    return node.inputs[0] if turns and node is not None else None
 
 
 def _one_product(

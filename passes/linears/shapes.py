@@ -7,7 +7,7 @@ can't be told has none, and nothing is concluded about it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import onnx_ir as ir
@@ -22,6 +22,7 @@ _UNARY = frozenset({
     "Log", "LogSoftmax", "Mish", "Neg", "QuickGelu", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Sigmoid",
     "SimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh",
 })
+_REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare"})
 _BINARY = frozenset({"Add", "BiasGelu", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where"})
 
 
@@ -32,14 +33,43 @@ def infer_shapes(graph: ir.Graph) -> dict[ir.Value, Shape]:
         declared = value.const_value.shape if value.const_value is not None else value.shape
         if declared is not None and all(isinstance(dim, int) or dim.value is not None for dim in declared):
             shapes[value] = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in declared)
+    sizes: dict[ir.Value, Shape] = {}
     for node in graph:
-        for value, shape in zip(node.outputs, _outputs(node, shapes)):
+        found = _sizes(node, shapes, sizes)
+        if found is not None:
+            sizes[node.outputs[0]] = found
+        for value, shape in zip(node.outputs, _outputs(node, shapes, sizes)):
             if shape is not None:
                 shapes[value] = shape
     return shapes
 
 
-def _outputs(node: ir.Node, shapes: dict[ir.Value, Shape]) -> Sequence[Shape | None]:
+def _sizes(node: ir.Node, shapes: Mapping[ir.Value, Shape], sizes: Mapping[ir.Value, Shape]) -> Shape | None:
+    """The elements of a vector (or scalar) of sizes that a node computes."""
+    first = node.inputs[0] if node.inputs and node.domain in ("", "ai.onnx") else None
+    if first is None:
+        return None
+    if node.op_type == "Shape":
+        shape = shapes.get(first)
+        return None if shape is None else shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))]
+    if node.op_type == "Concat":
+        parts = [None if value is None else _elements(value, sizes) for value in node.inputs]
+        return None if any(part is None for part in parts) else tuple(dim for part in parts if part is not None for dim in part)
+    known = sizes.get(first)
+    if known is None:
+        return None
+    if node.op_type == "Gather":
+        places = ints(node.inputs[1])
+        return None if places is None or not all(-len(known) <= place < len(known) for place in places) else tuple(known[place] for place in places)
+    return known if node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze") else None
+
+
+def _elements(value: ir.Value, sizes: Mapping[ir.Value, Shape]) -> Shape | None:
+    constant = ints(value)
+    return sizes.get(value) if constant is None else tuple(constant)
+
+
+def _outputs(node: ir.Node, shapes: Mapping[ir.Value, Shape], sizes: Mapping[ir.Value, Shape]) -> Sequence[Shape | None]:
     operands = [None if value is None else shapes.get(value) for value in node.inputs]
     first = operands[0] if operands else None
     if node.domain == DOMAIN:
@@ -52,6 +82,8 @@ def _outputs(node: ir.Node, shapes: dict[ir.Value, Shape]) -> Sequence[Shape | N
         return [_broadcast(operands)]
     if node.op_type in ("MatMul", "Gemm", "MatMulNBits"):
         return [_product(node, operands)]
+    if node.op_type in _REDUCTIONS:
+        return [_reduced(node, first)]
     if node.op_type == "SkipSimplifiedLayerNormalization":
         return [first, None, None, first]
     if node.op_type == "Gather" and operands[1] is not None:
@@ -61,7 +93,7 @@ def _outputs(node: ir.Node, shapes: dict[ir.Value, Shape]) -> Sequence[Shape | N
         order = node.attributes.get_ints("perm", tuple(reversed(range(len(first)))))
         return [tuple(first[axis] for axis in order)]
     if node.op_type == "Reshape":
-        target = ints(node.inputs[1])
+        target = None if node.inputs[1] is None else _elements(node.inputs[1], sizes)
         return [None if target is None or node.attributes.get_int("allowzero", 0) else _reshaped(first, target)]
     if node.op_type == "Split":
         return _split(node, first)
@@ -111,7 +143,15 @@ def _octavo(node: ir.Node, operands: Sequence[Shape | None]) -> Sequence[Shape |
     return [(*first[:-1], width // heads * H)] if isinstance(width, int) else []
 
 
-def _reshaped(shape: Shape, target: Sequence[int]) -> Shape | None:
+def _reduced(node: ir.Node, shape: Shape) -> Shape | None:
+    axes = ints(node.inputs[1]) if len(node.inputs) > 1 else list(node.attributes.get_ints("axes", ()))
+    if not axes:
+        return None
+    gone, kept = {axis % len(shape) for axis in axes}, node.attributes.get_int("keepdims", 1)
+    return tuple(1 if axis in gone else dim for axis, dim in enumerate(shape) if kept or axis not in gone)
+
+
+def _reshaped(shape: Shape, target: Sequence[Dim]) -> Shape | None:
     known = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(target)]
     if -1 not in known:
         return tuple(known)

@@ -104,6 +104,22 @@ def test_norms_of_heads_go_into_the_op(start: str) -> None:
     assert np.abs(run(model)[0] - before[0]).max() > 1e-4
 
 
+def test_norms_that_were_taken_heads_first() -> None:
+    first = NORMS.replace("nq = ", "tq = Transpose<perm = [0, 2, 1, 3]>(hq) mq = ").replace("nk = ", "tk = Transpose<perm = [0, 2, 1, 3]>(hk) mk = ")
+    first = first.replace("(hq, n)", "(tq, n)").replace("(hk, m)", "(tk, m)")
+    back = "nq = Transpose<perm = [0, 2, 1, 3]>(mq) nk = Transpose<perm = [0, 2, 1, 3]>(mk) "
+    model = graph(SPLIT + first + back + FLAT.format(q="nq", k="nk") + OP + END)
+    before = run(model)
+    PackedRows()(model)
+    assert ops(model) == ["MatMul", "PagedAttention", "Neg"]
+    np.testing.assert_allclose(run(model)[0], before[0], rtol=0, atol=2e-6)
+    mixed = graph(SPLIT + first + FLAT.format(q="mq", k="mk") + OP + END)  # negative control: without the way back, other elements
+    before = run(mixed)
+    PackedRows()(mixed)
+    assert ops(mixed).count("RMSNormalization") == 2
+    np.testing.assert_array_equal(run(mixed)[0], before[0])
+
+
 STAYS = {
     "norm of all heads": "nq = RMSNormalization<axis = -1>(q, wide) nk = RMSNormalization<axis = -1>(k, narrow) " + FLAT.format(q="nq", k="nk") + OP + END,
     "two epsilons": NORMS.replace("0.02>(hk", "0.03>(hk") + FLAT.format(q="nq", k="nk") + OP + END,
