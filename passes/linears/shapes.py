@@ -94,7 +94,7 @@ def _outputs(node: ir.Node, shapes: Mapping[ir.Value, Shape], sizes: Mapping[ir.
         return [tuple(first[axis] for axis in order)]
     if node.op_type == "Reshape":
         target = None if node.inputs[1] is None else _elements(node.inputs[1], sizes)
-        return [None if target is None or node.attributes.get_int("allowzero", 0) else _reshaped(first, target)]
+        return [None if target is None or (0 in target and node.attributes.get_int("allowzero", 0)) else _reshaped(first, target)]
     if node.op_type == "Split":
         return _split(node, first)
     return []
