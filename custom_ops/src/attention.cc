@@ -1,6 +1,5 @@
 #include "attention.h"
 
-#include <algorithm>
 #include <atomic>
 #include <new>
 
@@ -10,10 +9,6 @@ namespace {
 // A sequence with at most this many rows (decode, short drafts) gives each chunk to a thread of its own: its few tiles would not fill the
 // pool, and reading the cache is what takes the time. Longer ones keep their running state in the first-level cache.
 constexpr std::int64_t kSplitRows = 8;
-
-// Pieces that follow each other are taken together by one thread, which asks for the keys and values of the next while it computes one: at most
-// this many, and fewer where there would be less than kRuns such runs to spread.
-constexpr std::size_t kLongestRun = 6, kRuns = 16;
 
 // Query rows of a KV head are numbered token by token, group member by group member: number n is token n / (H/G), head g·(H/G) + n % (H/G).
 // A piece of work is one tile (up to kLanes numbers) over the chunks [chunk0, chunk1). The pieces of a chunk follow each other for all KV
@@ -46,10 +41,8 @@ class Driver {
     work_count_ = split_count_ = 0;
     partial_floats_ = 0;
     for_each_tile([&](const Work& tile) { place(tile); });
-    const std::size_t run = std::clamp<std::size_t>(work_count_ / kRuns, 1, kLongestRun);
-    return parallel.run((work_count_ + run - 1) / run, [this, run](std::size_t i, std::size_t lane) {
-      attend_run(i * run, std::min(work_count_, (i + 1) * run), lane);
-    });
+    for (std::size_t lane = 0; lane < Parallel::lanes(work_count_); ++lane) reading_[lane].piece = work_count_;
+    return parallel.run(work_count_, [this](std::size_t i, std::size_t lane) { attend_piece(i, lane); });
   }
 
  private:
@@ -125,9 +118,11 @@ class Driver {
     tile->bias_type = bias.type;
     tile->keys = bias.keys;
     tile->key_mask = bias.key_mask != nullptr ? bias.key_mask + w.sequence * bias.keys : nullptr;
-    for (int r = 0; r < w.rows; ++r) {
-      const std::int64_t token = (w.number0 + r) / group_, row = sequence.row0 + token;
-      const int head = head_of(w, r);
+    std::int64_t token = w.number0 / group_;
+    int member = static_cast<int>(w.number0 % group_);
+    for (int r = 0; r < w.rows; ++r, token += member + 1 == group_, member = member + 1 == group_ ? 0 : member + 1) {
+      const std::int64_t row = sequence.row0 + token;
+      const int head = w.g * group_ + member;
       const RowRange& range = a_.ranges[row];
       tile->lo[r] = range.lo;
       tile->hi[r] = range.hi;
@@ -141,58 +136,47 @@ class Driver {
     }
   }
 
-  // The chunks of the pieces [begin, end), one after the other. Each points at the one that follows, which is then asked for while it is computed.
-  class Reader {
-   public:
-    Reader(const Driver& driver, std::size_t begin, std::size_t end, std::size_t lane) : driver_(driver), at_(begin), end_(end), lane_(lane) {
-      chunk_ = driver.work_[begin].chunk0;
-      skip_empty();
-    }
-
-    const ChunkView& take() {
-      ChunkView& now = views_[turn_];
-      ChunkView& next = views_[turn_ ^= 1];
-      now.cold = !ready_;
-      if (!ready_) view(&now);
-      ++chunk_;
-      skip_empty();
-      ready_ = at_ < end_ && driver_.a_.keys->in_place(driver_.work_[at_].sequence);
-      if (ready_) view(&next);
-      now.ahead = ready_ ? &next : nullptr;
-      return now;
-    }
-
-   private:
-    void view(ChunkView* out) const {
-      const Work& work = driver_.work_[at_];
-      driver_.a_.keys->view(work.sequence, work.g, chunk_, lane_, out);
-    }
-    void skip_empty() {
-      while (at_ < end_ && chunk_ >= driver_.work_[at_].chunk1) {
-        if (++at_ < end_) chunk_ = driver_.work_[at_].chunk0;
-      }
-    }
-
-    const Driver& driver_;
-    std::size_t at_, end_, lane_;
-    std::int32_t chunk_;
-    int turn_ = 0;
-    bool ready_ = false;
-    ChunkView views_[2];
+  // What a lane reads next, if it goes on with the chunk or piece that follows, as it mostly does: it lies in views[turn] then.
+  struct alignas(64) Reading {
+    std::size_t piece;  // work_count_: nothing
+    std::int32_t chunk;
+    int turn;
+    ChunkView views[2];
   };
 
-  void attend_run(std::size_t begin, std::size_t end, std::size_t lane) const {
-    Reader reader(*this, begin, end, lane);
-    for (std::size_t i = begin; i < end; ++i) attend_piece(work_[i], &reader);
+  void view(std::size_t piece, std::int32_t chunk, std::size_t lane, ChunkView* out) const {
+    a_.keys->view(work_[piece].sequence, work_[piece].g, chunk, lane, out);
   }
 
-  void attend_piece(const Work& w, Reader* reader) const {
+  // The chunk to read now. It points at the one that follows, which is asked for while this one is computed.
+  const ChunkView& take(std::size_t piece, std::int32_t chunk, std::size_t lane) {
+    Reading& reading = reading_[lane];
+    const bool known = reading.piece == piece && reading.chunk == chunk;
+    if (!known) reading.turn = 0;
+    ChunkView& now = reading.views[reading.turn];
+    ChunkView& next = reading.views[reading.turn ^= 1];
+    if (!known) view(piece, chunk, lane, &now);
+    now.cold = !known;
+    if (++chunk >= work_[piece].chunk1) {
+      while (++piece < work_count_ && work_[piece].chunk0 >= work_[piece].chunk1) {}
+      chunk = piece < work_count_ ? work_[piece].chunk0 : 0;
+    }
+    const bool follows = piece < work_count_ && a_.keys->in_place(work_[piece].sequence);
+    if (follows) view(piece, chunk, lane, &next);
+    reading.piece = follows ? piece : work_count_;
+    reading.chunk = chunk;
+    now.ahead = follows ? &next : nullptr;
+    return now;
+  }
+
+  void attend_piece(std::size_t piece, std::size_t lane) {
+    const Work& w = work_[piece];
     Tile tile;
     fill(w, &tile);
     const CacheKernels& kernels = *k_.cache[a_.cache_type];
     if (w.split >= 0) {
       Split& split = split_[w.split];
-      kernels.attend_chunk(tile, reader->take(), state_of(split, w.chunk0));
+      kernels.attend_chunk(tile, take(piece, w.chunk0, lane), state_of(split, w.chunk0));
       if (split.left.fetch_sub(1, std::memory_order_acq_rel) == 1) join(split);
       return;
     }
@@ -200,7 +184,7 @@ class Driver {
     const Softmax state = state_at(buffers[0]), chunk = state_at(buffers[1]);
     clear(state);
     for (std::int32_t c = w.chunk0; c < w.chunk1; ++c) {
-      kernels.attend_chunk(tile, reader->take(), chunk);
+      kernels.attend_chunk(tile, take(piece, c, lane), chunk);
       k_.merge(w.rows, a_.E, state, chunk);
     }
     finish(w, state);
@@ -246,6 +230,7 @@ class Driver {
   float* partial_ = nullptr;
   std::size_t work_count_ = 0, split_count_ = 0;
   std::int64_t partial_floats_ = 0;
+  Reading reading_[kMaxLanes];
 };
 
 }  // namespace

@@ -100,9 +100,16 @@ template <class Asks>
 OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, int first_vec, int last_vec, const float* value_scale,
                                    float* scores, std::uint8_t* bytes, Asks* ahead) {
   const Range seen = within(tile, r, first);
-  for (int at = first_vec * kLanes; at < last_vec * kLanes; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
-  if (seen.lo >= seen.hi) return {-kInfinity, 0.0f, 0.0f};
+  const auto clear = [&](int begin, int end) __attribute__((always_inline)) {
+    for (int at = begin; at < end; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
+  };
+  if (seen.lo >= seen.hi) {
+    clear(first_vec * kLanes, last_vec * kLanes);
+    return {-kInfinity, 0.0f, 0.0f};
+  }
   const int from = seen.lo / kLanes * kLanes, to = (seen.hi + kLanes - 1) / kLanes * kLanes;
+  clear(first_vec * kLanes, from);
+  clear(to, last_vec * kLanes);
   Vec highest = broadcast(-kInfinity);
   if (tile.softcap != 0.0f || tile.has_slopes) {
     for (int at = from; at < to; at += kLanes) store(scores + at, finished_score(tile, first, r, at, seen, load(scores + at)));
@@ -119,6 +126,7 @@ OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, 
       const Vec score = load(scores + at);
       total = add(total, select(equal(score, broadcast(-kInfinity)), broadcast(0.0f), score));
     }
+    clear(from, to);
     const float l = sum(total);
     return {l != l ? l : m, l, 0.0f};
   }
@@ -132,7 +140,10 @@ OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, 
     store(scores + at, w);
   }
   const float l = sum(total), top = maximum_bits(heaviest);
-  if (top < 0x1p-120f) return {l != l ? l : m, l, 0.0f};
+  if (top < 0x1p-120f) {
+    clear(from, to);
+    return {l != l ? l : m, l, 0.0f};
+  }
   const Vec inverse = broadcast(255.0f / top);
   for (int at = from; at < to; at += kLanes) store_rounded(bytes + at, mul(load(scores + at), inverse));
   return {l != l ? l : m, l, top / 255.0f};
