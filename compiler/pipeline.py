@@ -47,6 +47,7 @@ from ..passes.ports import RestorePorts, half_ports, restored
 from ..passes.quantize.methods import quantizer
 from ..passes.quantize.stored import Stored, find_stored
 from ..passes.race import Finish, Race, Timer, fastest
+from ..passes.scatter_cache import scatter_interface
 from ..passes.trial_run import Trial
 from ..passes.verify import Verify, contract_refusals
 from ..passes.widen import WidenHalf
@@ -163,12 +164,13 @@ def _understand(model: ir.Model, folder: Path | None, options: CompileOptions, l
     ledger.run(expansion, model)
     ledger.attentions = candidates(model)
     start, nodes = perf_counter(), len(model.graph)
-    blocked = obstacle(model, graph_interface(model))
+    interface = scatter_interface(model, graph_interface(model))
+    blocked = obstacle(model, interface)
     if blocked is not None:
         ledger.refuse([blocked])
         return None
     try:
-        observation = observe(model, graph_interface(model))
+        observation = observe(model, interface)
     except ObservationError as error:
         ledger.refuse([Refusal(error.message, "graph", error.hint)])
         return None
@@ -312,6 +314,8 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
     direct = understood.direct if not observation.cached or options.kv_cache is not False else ()
     if observation.cached and options.kv_cache is not False and not direct:
         return None    # a decoder that brings a cache keeps it, as a baseline
+    if observation.capacity is not None:
+        return None    # nor can places be taken away that the graph writes to
     taken = {site.name for site in direct}
     sites = tuple(site for site in understood.sites if site.name not in taken)
     interface, target, trial = observation.interface, "", Trial(observation)

@@ -18,6 +18,9 @@ Role = Literal[
     "past_value",
     "present_key",     # float [B, G, past + S, D]
     "present_value",
+    # of a cache with a fixed number of places, which the graph writes by index
+    "cache_position",  # int [S]: where each token's keys go, past … past + S − 1
+    "write_indices",   # int [B]: where the first one's go, past
     "logits",          # float [B, S, V], or [R, V] when token-flat
     "hidden",          # float [B, S, K], an encoder's last states
     # the token-flat form of a paged decoder (names equal roles; docs/reference/graph-interface.md)

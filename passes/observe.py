@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..models.interface import GraphInterface
 from .extract import ConeRunner, cone, prepare
-from .probe import Dim, Letters, ObservationError, Probe, feed_of, first_line, port_of
+from .probe import Dim, Letters, ObservationError, Probe, feed_of, first_line, input_shape, port_of
 from .value_kinds import Kind, Kinds
 from .value_shapes import Shapes, fit_dims, learn_shapes
 
@@ -73,6 +73,16 @@ class Observation:
     def cached(self) -> bool:
         """Whether the graph takes a cache: if not, `past` of a probe is 0."""
         return any(port.role == "past_key" for port in self.interface.inputs)
+
+    @property
+    def capacity(self) -> int | None:
+        """How many places the graph's cache has, where it is written by index and never grows; None where it grows, or there is none."""
+        sizes = [port.shape[2] for port in self.interface.inputs if port.role == "past_key" and port.shape is not None]
+        return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+    def keys(self, probe: Probe) -> int:
+        """How many keys an attention sees before its mask: past and this step's, or all places of the cache."""
+        return self.capacity or probe.past + probe.length
 
     @property
     def batched(self) -> bool:
@@ -133,7 +143,7 @@ class Observation:
                 raise ObservationError(f"{', '.join(str(v.name) for v in values)} follows from the content of {leaf.name}")
             elif self.kind(leaf) == "structural":
                 assert leaf.dtype is not None
-                types[leaf] = (leaf.dtype, 2)
+                types[leaf] = (leaf.dtype, len(input_shape(port_of(self.interface, leaf), probe, self._shapes.named)))
         try:
             return prepare(self.model, piece, types).open()
         except Exception as error:

@@ -23,7 +23,7 @@ Letters = Mapping[str, str] | None
 
 _NO_LETTERS: Letters = MappingProxyType({})
 
-_DRIVEN = ("input_ids", "attention_mask", "position_ids", "past_key", "past_value")
+_DRIVEN = ("input_ids", "attention_mask", "position_ids", "cache_position", "write_indices", "past_key", "past_value")
 
 
 class ObservationError(OctavoError):
@@ -129,15 +129,17 @@ def input_shape(port: GraphPort, probe: Probe, letters: Letters = _NO_LETTERS) -
             raise ObservationError(f"graph input {port.name} has no role that a decoder's input can have, and no known shape")
         named = ((letters or {}).get(symbol(port, axis), symbol(port, axis)) for axis in range(len(shape)))
         return tuple(size if isinstance(size, int) else probe.letter(letter) for size, letter in zip(shape, named))
-    if port.role == "attention_mask":
-        return (probe.batch, probe.past + probe.length)
+    if port.role == "attention_mask":  # beside a cache of fixed places it may have one for each
+        return (probe.batch, shape[1] if shape and len(shape) == 2 and isinstance(shape[1], int) else probe.past + probe.length)
+    if port.role in ("cache_position", "write_indices"):
+        return (probe.length if port.role == "cache_position" else probe.batch,)
     if port.role == "input_ids":
         return (probe.batch, probe.length)
     if port.role == "position_ids":  # some graphs have one row of positions for all sequences
         return (1 if shape and shape[0] == 1 else probe.batch, probe.length)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         raise ObservationError(f"graph input {port.name}, a cache, has no fixed number of heads and head size: {shape}")
-    return (probe.batch, shape[1], probe.past, shape[3])
+    return (probe.batch, shape[1], shape[2] if isinstance(shape[2], int) else probe.past, shape[3])
 
 
 def feed_of(port: GraphPort, value: ir.Value, probe: Probe, letters: Letters = _NO_LETTERS) -> NDArray[Any]:
@@ -148,7 +150,13 @@ def feed_of(port: GraphPort, value: ir.Value, probe: Probe, letters: Letters = _
         raise ObservationError(f"graph input {port.name} takes text")
     shape = input_shape(port, probe, letters)
     if port.role == "attention_mask":
-        array = np.ones(shape) if probe.attention_mask is None else np.asarray(probe.attention_mask)
+        array = np.ones(shape)
+        if probe.attention_mask is not None:
+            array[:, : probe.attention_mask.shape[1]] = probe.attention_mask
+    elif port.role == "cache_position":
+        array = np.arange(probe.length) + probe.past
+    elif port.role == "write_indices":
+        array = np.full(shape, probe.past)
     elif port.role == "position_ids":
         counted = np.broadcast_to(np.arange(shape[-1]) + probe.past, shape)
         array = counted if probe.position_ids is None else np.asarray(probe.position_ids)

@@ -29,6 +29,7 @@ class Trial:
         self._probes, self._letters, self._cached = observation.probes, observation.letters, observation.cached
         self._lengths: dict[str, tuple[Dim, ...] | None] = {str(value.name): observation.dims(value) for value in observation.model.graph.outputs}
         self._ports = observation.interface.outputs
+        self._grows = self._cached and observation.capacity is None
 
     def run(self, model: ir.Model, interface: GraphInterface, *, batched: bool) -> Outcome:
         """Of a graph for one sequence a run, `batched` is False."""
@@ -65,9 +66,10 @@ class Trial:
     def _expected(self, port: GraphPort, probe: Probe) -> tuple[int, ...] | None:
         """What the source's output of the same purpose has for a shape here; None where there is none, or it follows no formula.
 
-        A source that takes no past gives keys and values of its own tokens alone: there the lowered graph's are held to what it says of them.
+        A source that takes no past gives keys and values of its own tokens alone, and one whose cache has a fixed number of places all of
+        them: there the lowered graph's are held to what it says of them.
         """
-        if port.role in ("present_key", "present_value") and probe.past and not self._cached and port.shape is not None:
+        if port.role in ("present_key", "present_value") and probe.past and not self._grows and port.shape is not None:
             return tuple(size if isinstance(size, int) else probe.letter(str(size)) for size in port.shape)
         same = [other for other in self._ports if other.name == port.name]
         same += [other for other in self._ports if other.role == port.role != "other" and other.layer == port.layer]

@@ -26,7 +26,7 @@ _SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {
 }
 _CONTRIB_SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {"GroupQueryAttention": (5, 6)}
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-_STRUCTURAL_ROLES = ("attention_mask", "position_ids")
+_STRUCTURAL_ROLES = ("attention_mask", "position_ids", "cache_position", "write_indices")
 
 
 class Kinds:

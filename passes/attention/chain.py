@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 MOVES = frozenset({
     "Identity", "Cast", "Dropout", "Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Concat", "Slice", "Split", "Tile",
-    "Gather",
+    "Gather", "ScatterND", "ScatterElements", "TensorScatter",
 })
 SCALES = MOVES | {"Mul", "Div"}
 LINEAR = SCALES | {"Add", "Sub", "Neg", "RotaryEmbedding"}
@@ -40,6 +40,7 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 _ANY_OPERAND = {"Concat", "Add", "Sub", "Where", "Max", "Min"}
 _ONE_OPERAND = {"Mul"}
+_WRITES = {"ScatterND": 2, "ScatterElements": 2, "TensorScatter": 1}  # into the first operand, from this one
 
 
 def passable(node: ir.Node, ops: Collection[str], is_data: Callable[[ir.Value], bool]) -> bool:
@@ -47,6 +48,9 @@ def passable(node: ir.Node, ops: Collection[str], is_data: Callable[[ir.Value], 
     if node.op_type not in ops or node.op_type not in _DOMAINS.get(node.domain, ()):
         return False
     data = [i for i, value in enumerate(node.inputs) if value is not None and is_data(value)]
+    if node.op_type in _WRITES:
+        plain = attribute(node, "reduction", "none") == "none" and attribute(node, "mode", "linear") == "linear"
+        return plain and data in ([0], [_WRITES[node.op_type]], [0, _WRITES[node.op_type]])
     if node.op_type not in _ANY_OPERAND and data != [0] and not (node.op_type in _ONE_OPERAND and len(data) == 1):
         return False
     if node.op_type == "Cast":  # a cast to half loses bits, which is no movement
@@ -206,6 +210,28 @@ def _gather(node: ir.Node, inputs: list[Any]) -> list[Array]:
     return [np.take(inputs[0], np.asarray(inputs[1]), axis=attribute(node, "axis", 0))]
 
 
+def _scatter_nd(node: ir.Node, inputs: list[Any]) -> list[Array]:
+    out = np.array(inputs[0])
+    out[tuple(np.moveaxis(inputs[1], -1, 0))] = inputs[2]
+    return [out]
+
+
+def _scatter_elements(node: ir.Node, inputs: list[Any]) -> list[Array]:
+    out, places = np.array(inputs[0]), list(np.indices(inputs[1].shape))
+    places[attribute(node, "axis", 0)] = inputs[1]
+    out[tuple(places)] = inputs[2]
+    return [out]
+
+
+def _tensor_scatter(node: ir.Node, inputs: list[Any]) -> list[Array]:
+    """Row b's update goes to its own place along the axis; a place beyond the end is an IndexError, as it is in the operator."""
+    out, update, axis = np.array(inputs[0]), inputs[1], attribute(node, "axis", -2) % inputs[0].ndim
+    starts = inputs[2] if len(inputs) > 2 and inputs[2] is not None else np.zeros(len(out), np.int64)
+    for row, start in enumerate(starts):
+        np.moveaxis(out[row], axis - 1, 0)[start + np.arange(update.shape[axis])] = np.moveaxis(update[row], axis - 1, 0)
+    return [out]
+
+
 def _same(node: ir.Node, inputs: list[Any]) -> list[Array]:
     return [inputs[0]]
 
@@ -242,7 +268,8 @@ _Run = Callable[[ir.Node, list[Any]], list[Array]]
 _RUN: dict[str, _Run] = {
     "Identity": _same, "Cast": _same, "Dropout": _same, "Transpose": _transpose, "Reshape": _reshape, "Expand": _expand,
     "Unsqueeze": _unsqueeze, "Squeeze": _squeeze, "Flatten": _flatten, "Concat": _concat, "Slice": _slice, "Split": _split,
-    "Tile": _tile, "Gather": _gather, "RotaryEmbedding": _rotary,
+    "Tile": _tile, "Gather": _gather, "ScatterND": _scatter_nd, "ScatterElements": _scatter_elements,
+    "TensorScatter": _tensor_scatter, "RotaryEmbedding": _rotary,
     "Add": lambda node, x: [x[0] + x[1]],
     "Sub": lambda node, x: [x[0] - x[1]],
     "Mul": lambda node, x: [x[0] * x[1]],

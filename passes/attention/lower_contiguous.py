@@ -90,6 +90,8 @@ def plan_contiguous(
         if isinstance(body, DecoderBody):
             return _whole(observation, whole, body, max_context)
         declined = (body,)
+    if observation.capacity is not None:
+        return declined[0] if declined else Refusal("a cache that is written by index needs all its sites", str(observation.model.graph.name))
     if not observation.cached:
         return declined[0] if declined else Refusal("a graph without a cache needs all its sites", str(observation.model.graph.name))
     return _partly(observation, whole, declined)

@@ -55,10 +55,9 @@ class Situation:
     replace: Mapping[ir.Value, Array] = field(default_factory=dict)
 
     @staticmethod
-    def dense(probe: Probe) -> Situation:
-        """All positions, as the graph counts them."""
-        total = probe.past + probe.length
-        return Situation(probe, np.arange(probe.past, total), np.arange(total))
+    def dense(probe: Probe, keys: int) -> Situation:
+        """All positions, as the graph counts them, before `keys` keys."""
+        return Situation(probe, np.arange(probe.past, probe.past + probe.length), np.arange(keys))
 
     def __str__(self) -> str:
         return f"{self.probe}" + (f", positions {', '.join(map(str, self.queries))}" if self.replace else "")
@@ -67,15 +66,15 @@ class Situation:
 def bias(source: MaskSource, lab: Laboratory, situation: Situation) -> Array:
     """What is added to the scores, [B|1, H|1, S, T]. Raises MaskError, ObservationError."""
     probe = situation.probe
-    S, T = probe.length, probe.past + probe.length
+    S, T = probe.length, len(situation.keys)
     if source.chain is not None:
-        return _cells(_chain_bias(source.chain, lab, situation), probe, source.heads)
+        return _cells(_chain_bias(source.chain, lab, situation), probe, source.heads, T)
     added = np.zeros((1, 1, S, T), np.float32)
     if source.operand is not None:
         mask = lab.observation.evaluate([source.operand], probe, replace=situation.replace)[0]
         if mask.shape[-1] not in (1, T):
             raise MaskError(f"a mask of {mask.shape[-1]} keys for {T}")
-        added = _cells(np.where(mask, np.float32(0), np.float32(-np.inf)) if mask.dtype == np.bool_ else mask, probe, source.heads)
+        added = _cells(np.where(mask, np.float32(0), np.float32(-np.inf)) if mask.dtype == np.bool_ else mask, probe, source.heads, T)
     if source.is_causal:
         offset = probe.past if source.cached_in_op else 0
         added = np.where(np.tri(S, T, offset, dtype=np.bool_), added, np.float32(-np.inf))
@@ -104,8 +103,8 @@ def _chain_bias(chain: Chain, lab: Laboratory, situation: Situation) -> Array:
         return chain.run([np.zeros(shape, np.float32)], dict(zip(chain.sides, sides)))
 
 
-def _cells(added: Array, probe: Probe, heads: int) -> Array:
-    lead, (S, T) = added.shape[:-2], (probe.length, probe.past + probe.length)
+def _cells(added: Array, probe: Probe, heads: int, T: int) -> Array:
+    lead, S = added.shape[:-2], probe.length
     count = int(np.prod(lead))
     if count == 1:
         outer = (1, 1)

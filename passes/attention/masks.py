@@ -84,9 +84,12 @@ class MaskProver:
         cached, batch = self._lab.observation.cached, 2 if self._lab.observation.batched else 1
         longest = self._max_context
         return [
-            Situation.dense(Probe(batch, length, past))
+            self._dense(Probe(batch, length, past))
             for past in ((0, 1, 7) if cached else (0,)) for length in (1, 2, 5, 19) if past + length <= longest or length == 1
         ]
+
+    def _dense(self, probe: Probe) -> Situation:
+        return Situation.dense(probe, self._lab.observation.keys(probe))
 
     def _ends(self, source: MaskSource) -> list[int]:
         """Lengths around every constant of the mask's cone, and the longest context over a past."""
@@ -109,7 +112,7 @@ class MaskProver:
                     continue
             if length * end > _MOST_CELLS:
                 raise MaskError(f"constant {end} in its cone asks for a probe of {length} × {end} cells")
-        return self._see(source, Situation.dense(Probe(1, length, end - length)))
+        return self._see(source, self._dense(Probe(1, length, end - length)))
 
     def _positional(self, source: MaskSource, seen: list[Seen]) -> bool:
         """Whether the mask is another one where positions don't count up by one."""
@@ -120,7 +123,7 @@ class MaskProver:
         counted = Probe(1, 6, 0)
         for positions in ([0, 1, 2, 0, 1, 2], [3, 4, 5, 6, 7, 8], [5, 3, 4, 0, 2, 1]):
             other = replace(counted, position_ids=np.array([positions]))
-            first, second = (bias(source, self._lab, Situation.dense(probe)) for probe in (counted, other))
+            first, second = (bias(source, self._lab, self._dense(probe)) for probe in (counted, other))
             if not np.array_equal(first, second, equal_nan=True):
                 return True
         return False
@@ -133,9 +136,10 @@ class MaskProver:
         padded = []
         for probe in self._padded_probes():
             assert probe.attention_mask is not None
-            one = self._see(source, Situation.dense(probe))
-            real = probe.attention_mask.astype(np.bool_)
-            base, rows = candidate.predict(mask, one.at.queries, one.at.keys), real[:, None, probe.past:, None]
+            one = self._see(source, self._dense(probe))
+            rows = probe.attention_mask.astype(np.bool_)[:, None, probe.past:, None]
+            base, real = candidate.predict(mask, one.at.queries, one.at.keys), np.ones((probe.batch, len(one.at.keys)), np.bool_)
+            real[:, : probe.past + probe.length] = probe.attention_mask
             hidden = {True: base & real[:, None, None, :], False: base}
             agree = {padding: not np.any((one.visible ^ expected) & rows) for padding, expected in hidden.items()}
             if hides is None and (agree[True] or agree[False]):

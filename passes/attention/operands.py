@@ -104,7 +104,7 @@ def _place(
         return None
     count = int(np.prod(shape))
     heads, rest = divmod(count, probe.batch * probe.length * size)
-    if rest or heads == 0 or num_heads % heads or (past is not None and past_shape != (probe.batch, heads, probe.past, size)):
+    if rest or heads == 0 or num_heads % heads or (past is not None and past_shape != (probe.batch, heads, lab.observation.capacity or probe.past, size)):
         return None
     sizes = {leaf: shape, **({} if past is None else {past: past_shape})}
     # Two runs: ones tell the factor, indices (exact in float64 far beyond any probe) tell where each element comes from.
@@ -125,15 +125,20 @@ def _place(
     for layout in layouts:
         step = numbers.reshape(probe.batch, probe.length, heads, size).transpose(0, 2, 1, 3) if layout == BSH else numbers.reshape(
             probe.batch, heads, probe.length, size)
-        cached = [] if past is None else [count + np.arange(np.prod(past_shape)).reshape(past_shape)]
-        expected = np.repeat(np.concatenate([*cached, step], axis=2), num_heads // heads, axis=1)
+        cached = None if past is None else count + np.arange(np.prod(past_shape)).reshape(past_shape)
+        expected = np.repeat(_after(cached, step, probe), num_heads // heads, axis=1)
         if fits_layout(shape, layout, probe, heads, size) and indices.shape == expected.shape and np.array_equal(indices, expected):
             return _Place(leaf, layout, heads, factor, past, chain.nodes)
     return None
 
 
+def _after(cached: Array | None, step: Array, probe: Probe) -> Array:
+    """This step's keys or values [B, G, S, D] after the cached ones; those of a cache with more places stay behind."""
+    return step if cached is None else np.concatenate([cached[:, :, : probe.past], step, cached[:, :, probe.past + probe.length :]], axis=2)
+
+
 def grown_cache(lab: Laboratory, operand: Operand, size: int, outputs: Iterable[ir.Value]) -> ir.Value | None:
-    """The graph output that is past and this step's (rotated) keys or values, one after the other, [B, G, P+S, size]."""
+    """The graph output that is past and this step's (rotated) keys or values, one after the other, [B, G, P+S, size], or in their places."""
     assert operand.past is not None
     for output in outputs:
         if not lab.graph.is_data(output):
@@ -148,10 +153,11 @@ def grown_cache(lab: Laboratory, operand: Operand, size: int, outputs: Iterable[
 
 def _is_grown(lab: Laboratory, chain: Chain, operand: Operand, size: int, probe: Probe) -> bool:
     batch, heads = probe.batch, operand.heads
-    past = np.arange(batch * heads * probe.past * size).reshape(batch, heads, probe.past, size)
+    places = lab.observation.capacity or probe.past
+    past = np.arange(batch * heads * places * size).reshape(batch, heads, places, size)
     step = past.size + np.arange(batch * heads * probe.length * size).reshape(batch, heads, probe.length, size)
     shape = lab.shape(operand.turned, probe)
     assert shape is not None
     leaves = {operand.past: past, operand.turned: laid_out(step, operand.turned_layout, shape)}
     grown = lab.run(chain, [leaves[v] for v in chain.leaves], probe)
-    return grown is not None and np.array_equal(grown, np.concatenate([past, step], axis=2))
+    return grown is not None and np.array_equal(grown, _after(past, step, probe))

@@ -104,8 +104,8 @@ def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.No
         return Refusal("the sizes of the products follow no formula", where, f"products: {before.leaves[0].name} has shape {shapes[0]}")
     scores, q_shape, v_shape = (shape or () for shape in shapes)
     heads, rest = divmod(int(np.prod(scores[:-2])), probe.batch)
-    if rest or scores[-2] != probe.length or scores[-1] != probe.past + probe.length:
-        return Refusal("the scores are not of each query and all keys", where, f"products: expected [B·H, S, P+S] at {probe}, found {scores}")
+    if rest or scores[-2] != probe.length or scores[-1] != lab.observation.keys(probe):
+        return Refusal("the scores are not of each query and all keys", where, f"products: expected [B·H, S, keys] at {probe}, found {scores}")
     sinks = () if sink is None else sink_logits(lab, sink, heads)
     if sinks is None:
         return Refusal("a column beside the scores is not one logit a head", where, f"sinks: {sink.name if sink else ''}")

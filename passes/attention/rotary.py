@@ -217,6 +217,8 @@ def _other_probes(observation: Observation, max_context: int, thresholds: Sequen
 def context_bound(observation: Observation) -> tuple[int, str] | None:
     """The smallest number of positions in the graph's own tables (learned positions, rotary caches, masks baked in), and the table's name."""
     bounds: list[tuple[int, str]] = []
+    if observation.capacity is not None:
+        bounds.append((observation.capacity, "its cache"))
     for node in observation.model.graph:
         if node.op_type == "Gather" and len(node.inputs) == 2:
             found = _rows(observation, node, node.inputs[0], node.inputs[1])

@@ -62,11 +62,15 @@ class Original:
                 array = ids
             elif port.role == "attention_mask":
                 array = np.ones_like(ids) if mask is None else mask
+                if port.shape is not None and isinstance(port.shape[1], int):
+                    array = np.pad(array, ((0, 0), (0, port.shape[1] - array.shape[1])))
             elif port.role == "position_ids":
                 array = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+            elif port.role in ("cache_position", "write_indices"):
+                array = np.arange(ids.shape[1]) if port.role == "cache_position" else np.zeros(len(ids))
             else:
                 assert port.shape is not None
-                array = np.zeros((len(ids), port.shape[1], 0, port.shape[3]))
+                array = np.zeros((len(ids), port.shape[1], port.shape[2] if isinstance(port.shape[2], int) else 0, port.shape[3]))
             feeds[port.name] = array.astype(port.dtype)
         logits = next(port.name for port in self.interface.outputs if port.role == "logits")
         return self.session.run([logits], feeds)[0]

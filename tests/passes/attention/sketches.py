@@ -12,9 +12,10 @@ import onnx
 import onnx_ir as ir
 from octavo.models.interface import GraphInterface
 from octavo.models.onnx_reader import graph_interface
+from octavo.passes.scatter_cache import scatter_interface
 from onnx import TensorProto, helper
 
-VOCAB, HIDDEN = 50, 32
+VOCAB, HIDDEN, PLACES = 50, 32, 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Sketch:
     conv: bool = False            # something sideways beside attention
     gate: str = "none"            # none, heads_first, tokens_first: a factor for each head on the result, before or behind its transpose
     shuffled: bool = False        # the heads of the probabilities change places (wrong)
+    cache: str = "grown"          # grown, or 64 places written by scatter_nd, scatter_elements or tensor_scatter; late and circular are wrong
     second: str = "none"          # a second attention: none, shared (it reads the first one's keys and values), own_value, turned (keys by other angles)
     second_window: int = 0
     norm: str = "none"            # none, q: RMS of each head before rotary, with a weight
@@ -84,7 +86,7 @@ class _Writer:
 def build(sketch: Sketch) -> tuple[ir.Model, GraphInterface]:
     """The decoder and its interface: input_ids, [attention_mask], position_ids, [past] → logits, [present]."""
     model = ir.from_proto(to_proto(sketch))
-    return model, graph_interface(model)
+    return model, scatter_interface(model, graph_interface(model))
 
 
 def to_proto(s: Sketch) -> onnx.ModelProto:
@@ -92,6 +94,7 @@ def to_proto(s: Sketch) -> onnx.ModelProto:
     hidden = w.op("Gather", w.f32(w.rng.standard_normal((VOCAB, HIDDEN))), "input_ids", axis=0)
     batch, length = (w.op("Shape", "input_ids", start=i, end=i + 1) for i in (0, 1))
     total = w.op("Add", length, w.op("Shape", "past_key_values.0.key", start=2, end=3)) if s.past else length
+    total = total if s.cache == "grown" else w.const([PLACES])
     x = hidden
     if s.conv:
         moved = w.op("Transpose", x, perm=[0, 2, 1])
@@ -104,8 +107,7 @@ def to_proto(s: Sketch) -> onnx.ModelProto:
         attended = _attention_op(w, q, k, v, batch, length, total, presents)
     else:
         if s.past:
-            k, v = (w.op("Concat", f"past_key_values.0.{kind}", new, axis=2, outputs=[name]) for kind, new, name in zip(
-                ("key", "value"), (k, v), presents))
+            k, v = (_append(w, f"past_key_values.0.{kind}", new, batch, length, name) for kind, new, name in zip(("key", "value"), (k, v), presents))
         attended = _attention(w, q, _repeat(w, k, batch, total), _repeat(w, v, batch, total), batch, length, total)
     out = w.op("Add", hidden, w.op("MatMul", attended, w.weight(s.H * s.D, HIDDEN)))
     if s.second != "none":
@@ -113,6 +115,22 @@ def to_proto(s: Sketch) -> onnx.ModelProto:
     mlp = w.op("MatMul", w.op("Tanh", w.op("MatMul", out, w.weight(HIDDEN, 24))), w.weight(24, HIDDEN))
     w.op("MatMul", w.op("Add", out, mlp), w.weight(HIDDEN, VOCAB), outputs=["logits"])
     return _model(w, s, presents if s.past else [])
+
+
+def _append(w: _Writer, past: str, new: str, batch: str, length: str, name: str) -> str:
+    """Keys or values with the past's, [B, G, T or PLACES, D], as the graph output `name`."""
+    s = w.s
+    if s.cache == "grown":
+        return w.op("Concat", past, new, axis=2, outputs=[name])
+    if s.cache in ("tensor_scatter", "circular"):
+        return w.op("TensorScatter", past, new, "write_indices", axis=2, mode="circular" if s.cache == "circular" else "linear", outputs=[name])
+    at = w.op("Add", "cache_position", w.const([1])) if s.cache == "late" else "cache_position"
+    if s.cache == "scatter_elements":
+        shape = w.op("Concat", batch, w.const([s.G]), length, w.const([s.D]), axis=0)
+        return w.op("ScatterElements", past, w.op("Expand", w.op("Unsqueeze", at, w.const([1])), shape), new, axis=2, outputs=[name])
+    first = w.op("Transpose", past, perm=[2, 0, 1, 3])
+    written = w.op("ScatterND", first, w.op("Unsqueeze", at, w.const([1])), w.op("Transpose", new, perm=[2, 0, 1, 3]))
+    return w.op("Transpose", written, perm=[1, 2, 0, 3], outputs=[name])
 
 
 def _second(w: _Writer, x: str, raw: str, k: str, v: str, batch: str, length: str, total: str) -> str:
@@ -133,11 +151,16 @@ def _second(w: _Writer, x: str, raw: str, k: str, v: str, batch: str, length: st
 def _model(w: _Writer, s: Sketch, presents: list[str]) -> onnx.ModelProto:
     info, i64, f32 = helper.make_tensor_value_info, TensorProto.INT64, TensorProto.FLOAT
     inputs = [info("input_ids", i64, ["batch", "sequence"])]
-    inputs += [info("attention_mask", i64, ["batch", "total"])] if s.padding else []
+    fixed = s.cache != "grown"
+    inputs += [info("attention_mask", i64, ["batch", PLACES if fixed else "total"])] if s.padding else []
     inputs += [info("position_ids", i64, ["batch", "sequence"])]
+    if fixed:
+        by_row = s.cache in ("tensor_scatter", "circular")
+        inputs += [info("write_indices", i64, ["batch"]) if by_row else info("cache_position", i64, ["sequence"])]
     if s.past:
-        inputs += [info(f"past_key_values.0.{kind}", f32, ["batch", s.G, "past", s.D]) for kind in ("key", "value")]
-    outputs = [info("logits", f32, ["batch", "sequence", VOCAB])] + [info(name, f32, ["batch", s.G, "total", s.D]) for name in presents]
+        inputs += [info(f"past_key_values.0.{kind}", f32, ["batch", s.G, PLACES if fixed else "past", s.D]) for kind in ("key", "value")]
+    outputs = [info("logits", f32, ["batch", "sequence", VOCAB])] + [
+        info(name, f32, ["batch", s.G, PLACES if fixed else "total", s.D]) for name in presents]
     graph = helper.make_graph(w.nodes, "sketch", inputs, outputs, w.constants)
     imports = [helper.make_opsetid("", s.opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -233,7 +256,14 @@ def _visible(w: _Writer, batch: str, length: str, total: str) -> str:
     s = w.s
     zero, one = w.const(0), w.const(1)
     keys = w.op("Unsqueeze", w.op("Range", zero, w.op("Squeeze", total), one), w.const([0]))
-    queries = w.op("Unsqueeze", w.op("Range", w.op("Sub", w.op("Squeeze", total), w.op("Squeeze", length)), w.op("Squeeze", total), one), w.const([1]))
+    if s.cache == "grown":
+        at = w.op("Range", w.op("Sub", w.op("Squeeze", total), w.op("Squeeze", length)), w.op("Squeeze", total), one)
+    elif s.cache in ("tensor_scatter", "circular"):
+        start = w.op("Squeeze", w.op("Slice", "write_indices", w.const([0]), w.const([1])))
+        at = w.op("Range", start, w.op("Add", start, w.op("Squeeze", length)), one)
+    else:
+        at = "cache_position"
+    queries = w.op("Unsqueeze", at, w.const([1]))
     seen = w.const(True, bool) if s.mask == "none" else w.op("LessOrEqual", keys, queries)
     if s.window:
         seen = w.op("And", seen, w.op("Greater", keys, w.op("Sub", queries, w.const(s.window))))
@@ -368,7 +398,7 @@ def _attention_op(w: _Writer, q: str, k: str, v: str, batch: str, length: str, t
     else:
         if s.past:
             for index, name in enumerate(presents):
-                operands[index + 1] = w.op("Concat", f"past_key_values.0.{name.split('.')[-1]}", operands[index + 1], axis=2, outputs=[name])
+                operands[index + 1] = _append(w, f"past_key_values.0.{name.split('.')[-1]}", operands[index + 1], batch, length, name)
         out = w.op("Attention", *operands, *([seen] if seen else []), **attributes)
     return _merge(w, out, batch, length) if s.op_heads_first else out
 
