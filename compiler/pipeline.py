@@ -315,7 +315,8 @@ def _stateless(understood: Understood, options: CompileOptions, ledger: Ledger) 
     if observation.cached and options.kv_cache is not False and not direct:
         return None    # a decoder that brings a cache keeps it, as a baseline
     if observation.capacity is not None:
-        return None    # nor can places be taken away that the graph writes to
+        ledger.refuse([Refusal("a cache whose places are written by index can't be taken away", "graph", f"{observation.capacity} places")])
+        return None
     taken = {site.name for site in direct}
     sites = tuple(site for site in understood.sites if site.name not in taken)
     interface, target, trial = observation.interface, "", Trial(observation)
