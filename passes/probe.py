@@ -149,6 +149,7 @@ def feed_of(port: GraphPort, value: ir.Value, probe: Probe, letters: Letters = _
     if dtype == ir.DataType.STRING:
         raise ObservationError(f"graph input {port.name} takes text")
     shape = input_shape(port, probe, letters)
+    array: NDArray[Any] = np.zeros(shape)
     if port.role == "attention_mask":
         array = np.ones(shape)
         if probe.attention_mask is not None:
@@ -160,8 +161,6 @@ def feed_of(port: GraphPort, value: ir.Value, probe: Probe, letters: Letters = _
     elif port.role == "position_ids":
         counted = np.broadcast_to(np.arange(shape[-1]) + probe.past, shape)
         array = counted if probe.position_ids is None else np.asarray(probe.position_ids)
-    else:
-        array = np.zeros(shape)
     assert array.shape == shape, f"{port.role} of the probe has shape {array.shape}, not {shape}"
     return array.astype(dtype.numpy())
 
