@@ -17,12 +17,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .attention.site import AttentionSite
+from .dispatch import DISPATCHING, dispatch_reason
 from .extract import cone
 from .observe import Observation, ObservationError, Probe
 from .outcome import Refusal
 from .positions import situations, thresholds_in
 from .token_axis import Dims, Sideways, TokenAxis, View, for_one_sequence, token_dimension
-from .token_rules import DISPATCHING, RULES
+from .token_rules import RULES
 
 Layout = Literal["BHSD", "BSH"]
 
@@ -108,7 +109,7 @@ class _Trace:
             return
         try:
             if node.domain in ("", "ai.onnx") and node.op_type in DISPATCHING:
-                raise Sideways("rows are picked or written by index, across tokens", str(node.name))
+                raise Sideways(dispatch_reason(node, lambda value: self.observation.kind(value) == "data"), str(node.name))
             rule = RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
             if rule is None:
                 raise Sideways(f"{node.op_type} has no rule that says it works on each token alone", self._inputs(node))

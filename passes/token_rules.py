@@ -325,9 +325,6 @@ ELEMENTWISE = """
 """.split()  # noqa: SIM905
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
 
-# How many rows go where follows from all tokens: experts that each take some of them are written so.
-DISPATCHING = frozenset({"NonZero", "Compress", "Unique"})
-
 RULES: dict[tuple[str, str], Rule] = {
     **{("", op): _elementwise for op in ELEMENTWISE},
     **{("", f"Reduce{name}"): _reduce for name in _REDUCTIONS},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from ..dispatch import dispatch_reason
 from ..extract import cone
 from ..observe import Probe
 from ..outcome import Refusal
@@ -32,7 +33,8 @@ def read_softmax(lab: Laboratory, node: ir.Node, names: Iterator[str]) -> Core |
     where = next(names)
     axis = attribute(node, "axis", -1 if lab.observation.model.opset_imports.get("", 1) >= 13 else 1)
     if shape is None and (culprit := _sized_by_content(lab, scores_in)) is not None:
-        return Refusal(f"its sizes follow from what the tokens are ({culprit.op_type})", where, f"softmax: node {node.name}, from {culprit.name}")
+        reason = dispatch_reason(culprit, lab.graph.is_data)
+        return Refusal(f"{reason} ({culprit.op_type})", where, f"softmax: node {node.name} has sizes that follow from {culprit.name}")
     if shape is None or axis not in (-1, len(shape) - 1):
         return Refusal("the softmax is not over the last axis of known sizes", where, f"softmax: node {node.name}, axis {axis}, shape {shape}")
     if product is None:

@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +23,21 @@ Environment = Literal["transformers5", "transformers4"]
 
 @dataclass
 class Subject:
-    """A family being exported. `work` is the family's folder, kept between exporters: its checkpoint and other exports lie in it."""
+    """A family being exported. `work` is the family's folder, kept between exporters: its checkpoint and other exports lie in it.
+    `attention` and `experts` are the implementations that transformers chose: some families have plain products only.
+    """
 
     family: Family
     model: Any
     work: Path
     tokenizer: Path
     decoder: Any = None
-    attention: str = ""
+    attention: str = field(init=False)
+    experts: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attention = self.model.config._attn_implementation
+        self.experts = getattr(self.model.config, "_experts_implementation", None)
 
     @property
     def checkpoint(self) -> Path:
@@ -65,15 +72,17 @@ def _torch(subject: Subject, out: Path, **variant: Any) -> None:
 
     if subject.decoder is None:
         subject.decoder = TorchDecoder(subject.model, partial(_side_files, subject))
-        # What transformers chose for the family: some have plain products only.
-        subject.attention = subject.model.config._attn_implementation
-        if subject.model._can_set_experts_implementation():
-            # The default is a grouped product that neither exporter knows.
-            subject.model.set_experts_implementation("batched_mm")
+    # The default is a grouped product that neither of torch's exporters knows.
+    _set_experts(subject, "batched_mm")
     if variant.get("with_past", True) and not _has_cache(subject):
         raise NotImplementedError("the model has no cache of keys and values")
     usual = {"position_ids": _takes(subject, "position_ids"), "attention": subject.attention}
     subject.decoder.export(out, ExportVariant(**{**usual, **variant}))
+
+
+def _set_experts(subject: Subject, implementation: str | None) -> None:
+    if subject.model._can_set_experts_implementation():
+        subject.model.set_experts_implementation(implementation)
 
 
 def _takes(subject: Subject, name: str) -> bool:
@@ -83,7 +92,8 @@ def _takes(subject: Subject, name: str) -> bool:
 
 
 def _has_cache(subject: Subject) -> bool:
-    return _takes(subject, "past_key_values")
+    # transformers 5.24 renamed it.
+    return _takes(subject, "cache") or _takes(subject, "past_key_values")
 
 
 def _side_files(subject: Subject, out: Path) -> None:
@@ -97,6 +107,8 @@ def _transformers5(subject: Subject, out: Path, *, part: str, fused: bool, stati
     from transformers import GenerationConfig
     from transformers.exporters import OnnxConfig, OnnxExporter
 
+    subject.model.set_attn_implementation(subject.attention)
+    _set_experts(subject, subject.experts)
     ids = torch.from_numpy(token_ids(subject.family)[1][:7]).repeat(2, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config = OnnxConfig(dynamic=True, ort_fusions="cpu" if fused else None)

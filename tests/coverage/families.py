@@ -20,7 +20,6 @@ class Family:
     """A decoder family. `lengths`: tokens of each sequence it is checked on; the last `decode` of them are also fed one at a time.
 
     `varies` says in a few words what it is here for. `expected` names the only refusal that is allowed ("" = it must page).
-    A family with `experts` may be refused where an exporter dispatches them across tokens.
     """
 
     name: str
@@ -29,10 +28,6 @@ class Family:
     lengths: tuple[int, ...] = (37, 18, 6)
     decode: int = 5
     expected: str = ""
-
-    @property
-    def experts(self) -> bool:
-        return any("experts" in key for key in self.config)
 
     @property
     def head_size(self) -> int:

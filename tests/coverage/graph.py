@@ -36,7 +36,7 @@ class Decoder:
         options.log_severity_level = 4
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._inputs = {port.name: port for port in self._session.get_inputs()}
-        self._past = [name for name in self._inputs if "past_key_values" in name]
+        self._past = [name for name in self._inputs if "past_key_values" in name or ".cache." in name]
         outputs = [port.name for port in self._session.get_outputs()]
         if "logits" not in outputs:
             raise CannotDrive(f"no output named logits among {outputs[:3]}")

@@ -1,13 +1,14 @@
 """Fills the matrix *families × exporters*: export, compile, run, compare with torch; then writes docs/coverage.md and coverage.json.
 
-    python tests/coverage/run.py                                       # everything that is not in the cache yet
+    python tests/coverage/run.py                                       # everything that is asked for and not in the cache yet
     python tests/coverage/run.py --families llama,gpt2 --exporters dynamo18,optimum
-    python tests/coverage/run.py --only export                         # the graphs alone: CACHE/{family}-{hash}/{exporter}/model.onnx
+    python tests/coverage/run.py --only export --jobs 2                # the graphs alone: CACHE/{family}-{hash}/{exporter}/model.onnx
     python tests/coverage/run.py --keep paged --python4 …              # after a change: what is not paged again, and what is new
 
 Two environments export (`--python5`: transformers 5, `--python4`: transformers 4.57 with optimum-onnx), a third process compiles and checks
-(`--python`, with octavo installed). Cells are cached by content under `--cache`: an export by its family and the versions of its exporter,
-a check by the sources of octavo. A cell that crashes or takes too long costs its process and nothing else.
+(`--python`, with octavo installed); `--jobs` sets of these work side by side, each on a family of its own. Cells are cached by content under
+`--cache`: an export by its family and the versions of its exporter, a check by the sources of octavo. A cell that crashes or takes too long
+costs its process and nothing else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cells import ROWS, asked
 from exporters import EXPORTERS
 from families import FAMILIES
 from processes import Worker
@@ -36,28 +40,28 @@ _UNKNOWN: dict[str, Any] = {"status": "unknown"}
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated; default all")
-    parser.add_argument("--exporters", default=",".join(EXPORTERS), help="comma-separated; default all")
+    parser.add_argument("--families", default=",".join(ROWS), help="comma-separated; default all, the principal ones first")
+    parser.add_argument("--exporters", default=None, help="comma-separated; default all for principal families, the broad ones for others")
     parser.add_argument("--only", choices=("export", "check", "report"), help="one part, over what the cache has; default all")
     parser.add_argument("--python", default=sys.executable, help="has octavo")
     parser.add_argument("--python5", default=sys.executable, help="has torch, transformers 5, onnxruntime-genai, octavo")
     parser.add_argument("--python4", default=None, help="has torch, transformers 4.57, optimum-onnx; without it its columns are left out")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "octavo-coverage")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds per cell and half")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds per cell and half")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--fresh", action="store_true", help="do again what is asked for, whatever the cache has")
     parser.add_argument("--keep", choices=("none", "paged", "all"), default="none", help="checks that other sources of octavo made, and that still count")
-    parser.add_argument("--gate", action="store_true", help="exit code 2 where a cell is wrong or an error, or too few are paged")
+    parser.add_argument("--gate", action="store_true", help="exit code 2 where a cell is wrong, an error or missing, or too few are paged")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of coverage.md and coverage.json")
     return parser.parse_args()
 
 
 class Matrix:
-    """The cells of one run: their folders, what the cache knows of them, and the workers that fill in the rest."""
+    """Cells of a run: their folders, what the cache knows of them, and a set of workers that fills in the rest."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._cache: Path = arguments.cache
-        self._cache.mkdir(parents=True, exist_ok=True)
         # Two intra-op threads at most, wherever they come from: the cells are small, and the machine is somebody's.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
         pythons = {"transformers5": arguments.python5, "transformers4": arguments.python4}
@@ -78,10 +82,11 @@ class Matrix:
         folder = self.folder(family, exporter)
         record = folder.parent / f"{exporter}.export.json"
         if record.is_file() and not (self._arguments.fresh and self._arguments.only in (None, "export")):
-            return json.loads(record.read_text())  # type: ignore[no-any-return]
+            known: dict[str, Any] = json.loads(record.read_text())
+            if known["status"] != "timeout":  # a matter of the machine and its other work
+                return known
         if self._arguments.only in ("check", "report"):
             return _UNKNOWN
-        self._tokenizer()
         question = {"family": family, "exporter": exporter, "work": str(folder.parent), "tokenizer": str(self._cache / "tokenizer")}
         answer = self._exporting[EXPORTERS[exporter].environment].ask(question, self._arguments.timeout)
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +119,11 @@ class Matrix:
             cell["folder"] = str(self.folder(family, exporter))
         return cell
 
-    def exporters(self) -> list[str]:
-        return [name for name in self._arguments.exporters.split(",") if EXPORTERS[name].environment in self._exporting]
+    def exporters(self, family: str) -> list[str]:
+        """Those that the run asks for, of the environments that it has."""
+        chosen = self._arguments.exporters
+        wanted = chosen.split(",") if chosen else [name for name in EXPORTERS if asked(family, name)]
+        return [name for name in wanted if EXPORTERS[name].environment in self._exporting]
 
     def versions(self) -> dict[str, dict[str, str]]:
         return {name: worker.versions for name, worker in self._exporting.items() if worker.versions}
@@ -124,12 +132,14 @@ class Matrix:
         for worker in [*self._exporting.values(), self._checking]:
             worker.close()
 
-    def _tokenizer(self) -> None:
-        folder = self._cache / "tokenizer"
-        if not folder.is_dir():
-            from octavo.models.tiny import write_tiny_tokenizer
 
-            write_tiny_tokenizer(folder)
+def _tokenizer(cache: Path) -> None:
+    folder = cache / "tokenizer"
+    if not folder.is_dir():
+        from octavo.models.tiny import write_tiny_tokenizer
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_tiny_tokenizer(folder)
 
 
 def _digest_of_octavo() -> str:
@@ -145,22 +155,33 @@ def _digest_of_octavo() -> str:
     return digest.hexdigest()[:16]
 
 
-def main() -> None:
-    arguments = _arguments()
+def _fill(arguments: argparse.Namespace, families: Iterator[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """Takes families from the iterator, which others share, until there is none. The cells, and the versions of the exporters."""
     matrix = Matrix(arguments)
     cells = []
     try:
-        for family in arguments.families.split(","):
-            for exporter in matrix.exporters():
+        for family in families:
+            for exporter in matrix.exporters(family):
                 cell = matrix.cell(family, exporter)
                 if _UNKNOWN in (cell["export"], cell.get("check")):
                     continue
                 print(f"{family:20s} {exporter:30s} {summary(cell)}", flush=True)
                 cells.append(cell)
+        return cells, matrix.versions()
     finally:
         matrix.close()
+
+
+def main() -> None:
+    arguments = _arguments()
+    families = arguments.families.split(",")
+    _tokenizer(arguments.cache)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        shared = iter(families)
+        found = list(pool.map(lambda _: _fill(arguments, shared), range(arguments.jobs)))
     if arguments.only != "export":
-        report = Report(cells, matrix.versions())
+        versions = {name: version for _, known in found for name, version in known.items()}
+        report = Report([cell for cells, _ in found for cell in cells], families, versions)
         report.write(arguments.out)
         print(report.totals())
         if arguments.gate and (why := report.fault()):

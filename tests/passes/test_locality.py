@@ -202,6 +202,17 @@ def test_each_cause_is_told_once() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("chosen, reason", [
+    ("v, i = TopK<axis = 2>(h, one) e = Equal(i, zero)", "experts dispatched across tokens"),
+    ("null = CastLike(eps, h) m = ReduceMax(h, last) e = Greater(m, null)", "rows are picked or written by what the tokens are, across tokens"),
+])
+def test_rows_of_a_router_are_told_from_others(chosen: str, reason: str) -> None:
+    """Both take the rows that hold something and put them back; a router's choice makes them experts' rows."""
+    body = f"{chosen} n = NonZero(e) t = Transpose<perm = [1, 0]>(n) w = Slice(t, zero, two, one) r = GatherND(h, w) z = ScatterND(h, w, r)"
+    found = refusals(graph(body))
+    assert len(found) == 1 and found[0].reason == f"NonZero: {reason}", found
+
+
 def test_softmax_before_opset_13_covers_all_trailing_dimensions() -> None:
     """There, axis 1 of [B, 8, S] means over features and tokens together."""
     body = "t = Transpose<perm = [0, 2, 1]>(h) a = Softmax<axis = 1>(t) z = Transpose<perm = [0, 2, 1]>(a)"
