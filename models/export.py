@@ -10,6 +10,7 @@ compiled as it is. The graphs are left exactly as the exporter wrote them: their
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -215,7 +216,7 @@ class _Interface:
         torch, transformers = _import_torch()
         # The shapes of a past are read off one that the model has made: no config field says them for every family.
         with torch.no_grad():
-            made = model(torch.zeros(_BATCH, _PAST, dtype=torch.int64), use_cache=True).past_key_values
+            made = getattr(model(torch.zeros(_BATCH, _PAST, dtype=torch.int64), use_cache=True), _cache_name(model))
         if type(made) is not transformers.DynamicCache:
             message = f"the cache of this model is a {type(made).__name__}, not keys and values per layer"
             raise UnsupportedError(message, hint="export decoders with attention in every layer")
@@ -257,10 +258,15 @@ def _flat_decoder(model: Any, variant: ExportVariant, interface: _Interface) -> 
             if not variant.with_past:
                 return (self.model(**feeds, use_cache=False).logits,)
             cache = transformers.DynamicCache(list(zip(past[::2], past[1::2])))
-            logits = self.model(**feeds, past_key_values=cache, use_cache=True).logits
+            logits = self.model(**feeds, **{_cache_name(model): cache}, use_cache=True).logits
             return (logits, *(tensor for layer in cache.layers[: interface.layers] for tensor in (layer.keys, layer.values)))
 
     return FlatDecoder().eval()
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache, going in and coming out: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _torch_dtype(torch: Any, dtype: str) -> Any:

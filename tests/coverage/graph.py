@@ -36,8 +36,11 @@ class Decoder:
         options.log_severity_level = 4
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._inputs = {port.name: port for port in self._session.get_inputs()}
-        self._past = [name for name in self._inputs if "past_key_values" in name or ".cache." in name]
-        outputs = [port.name for port in self._session.get_outputs()]
+        cache = [name for name in self._inputs if "past_key_values" in name or ".cache." in name]
+        # transformers 5.24 hands each windowed layer's window through the graph; nothing there reads it.
+        self._idle = {name for name in cache if name.endswith("_sliding_window_tensor")}
+        self._past = [name for name in cache if name not in self._idle]
+        outputs = [port.name for port in self._session.get_outputs() if not port.name.endswith("_sliding_window_tensor")]
         if "logits" not in outputs:
             raise CannotDrive(f"no output named logits among {outputs[:3]}")
         # Without past inputs the keys and values of a prefill are outputs that nothing takes.
@@ -68,11 +71,11 @@ class Decoder:
             "input_ids": ids[None], "position_ids": np.arange(start, total)[None], "cache_position": np.arange(start, total),
             "attention_mask": self._mask(start, total),
         }
-        feeds = dict(zip(self._past, past or ()))
+        feeds = {**dict(zip(self._past, past or ())), **dict.fromkeys(self._idle, np.zeros((), np.int64))}
         for name, port in self._inputs.items():
             if name in known:
                 feeds[name] = known[name].astype(_TYPES[port.type])
-            elif name not in self._past:
+            elif name not in feeds:
                 raise CannotDrive(f"unknown input {name} {port.type} {port.shape}")
         logits, *present = self._session.run(self._outputs, feeds)
         return logits[0].astype(np.float32), present if self._past else None

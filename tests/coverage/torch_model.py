@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,17 @@ def logits(model: Any, family: Family) -> dict[str, np.ndarray]:
 
 
 def _decode(model: Any, row: Any, count: int) -> np.ndarray | None:
+    # transformers 5.24 renamed it.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cut = row.shape[1] - count
     output = model(row[:, :cut], use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, name, None)
     if cache is None:
         return None
     rows = []
     for t in range(cut, row.shape[1]):
-        output = model(row[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(row[:, t : t + 1], **{name: cache}, use_cache=True)
+        cache = getattr(output, name)
         rows.append(output.logits[0, -1].numpy().astype(np.float32))
     return np.stack(rows)
 
