@@ -22,6 +22,7 @@ _HOME = {
     "import_model": ".compiler",
     "inspect": ".compiler",
     "snapshot": ".compiler.diff",
+    "GraphDiff": ".compiler.diff",
     "CompileOptions": ".compiler",
     "CompileReport": ".compiler",
     "CheckReport": ".compiler",
@@ -52,6 +53,7 @@ __all__ = [
     "Completion",
     "Decision",
     "EvalReport",
+    "GraphDiff",
     "Model",
     "OctavoError",
     "Piece",
@@ -66,6 +68,7 @@ __all__ = [
     "bench",
     "check",
     "compile",
+    "diff",
     "evaluate",
     "import_model",
     "inspect",
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .compiler import import_model as import_model
     from .compiler import inspect as inspect
+    from .compiler.diff import GraphDiff as GraphDiff
     from .compiler.diff import snapshot as snapshot
     from .compiler.evaluate import EvalReport as EvalReport
     from .custom_ops import library_path as library_path
@@ -125,6 +129,22 @@ def evaluate(
     from .compiler.evaluate import evaluate as run
 
     return run(model, text, load=_open_model, against=against, context=context, tokens=tokens, progress=progress)
+
+
+def diff(
+    before: str | PathLike[str], after: str | PathLike[str], *, policy: str | PathLike[str] | None = None, numeric: bool | None = None,
+    update: bool = False, force: bool = False, seed: int = 0, progress: Callable[[str], None] | None = None,
+) -> GraphDiff:
+    """What changed from one graph to another, each an `.onnx`, an artifact or a snapshot: see docs/howto/diff.md.
+
+    Structure and content hashes alone, unless `numeric` or the policy asks for figures. Here because, as in `check`, the facade hands the
+    compiler `load`.
+    """
+    from .compiler.diff import diff as run
+
+    return run(
+        before, after, load=_open_model, policy=policy, numeric=numeric, update=update, force=force, seed=seed, progress=progress,
+    )
 
 
 def _open_model(path: PathLike[str], fusions: bool) -> Model:

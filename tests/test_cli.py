@@ -21,7 +21,7 @@ from octavo.models.tiny import tiny_llama_onnx
 from onnx import TensorProto, helper, numpy_helper
 from typer.main import get_command
 
-COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "eval", "bench", "demo", "doctor", "plan", "snapshot")
+COMMANDS = ("import", "compile", "check", "inspect", "generate", "chat", "eval", "bench", "demo", "doctor", "plan", "snapshot", "diff", "git-setup")
 
 
 @pytest.fixture(scope="module")

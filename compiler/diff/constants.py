@@ -19,6 +19,7 @@ from .skeleton import Place, Skeleton
 
 # Tensors up to this size stand in the text by value: axes, shapes, scalars.
 INLINE = 16
+UNREAD = "unread"
 _MOST_TEXT = 200   # characters of a value that is still readable on a line
 _EXPORT_AGAIN = "export the model again, or load and save it with a current onnx package"
 _NAMES = {
@@ -42,11 +43,12 @@ def name_of(value: str | bytes) -> str:
 
 @dataclass(frozen=True)
 class Constants:
-    """Reads the tensors of one model. `path` is the model's file, resolved."""
+    """Reads the tensors of one model. `path` is the model's file, resolved. Without `weights` large tensors are told by their type alone."""
 
     path: Path
     skeleton: Skeleton
     hasher: Hasher
+    weights: bool = True
 
     def tensor(self, proto: onnx.TensorProto) -> Tensor:
         """The tensor as the diff sees it. ModelError where its bytes are not those that its type and shape need."""
@@ -56,6 +58,8 @@ class Constants:
         if dtype == "string":
             return Tensor(dtype, shape, _strings(self._whole(proto), prod(shape)))
         nbytes = (prod(shape) * BITS[dtype] + 7) // 8
+        if not self.weights and (prod(shape) > INLINE or proto.external_data):
+            return Tensor(dtype, shape, UNREAD)
         where = self._where(proto, nbytes)
         if prod(shape) <= INLINE:
             data = self._bytes(proto) if where is None else self.hasher.read(*where)

@@ -175,10 +175,11 @@ class _Comparison:
         for side, graph in (("a", self.matching.before), ("b", self.matching.after)):
             for index, node in enumerate(graph.nodes):
                 for ref in node.inputs:
-                    if not isinstance(ref, Produced) or not {(side, index), (side, ref.node)} <= self.open:
+                    if not isinstance(ref, Produced):
                         continue
-                    if self.layers.get((side, index)) == self.layers.get((side, ref.node)):
-                        joined.join((side, index), (side, ref.node))
+                    one, other = (side, index), (side, ref.node)
+                    if {one, other} <= self.open and self.layers.get(one) == self.layers.get(other):
+                        joined.join(one, other)
         for one, other in touching:
             if self.layers.get(one) == self.layers.get(other):
                 joined.join(one, other)

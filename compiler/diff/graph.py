@@ -22,7 +22,10 @@ BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A constant, wherever the model keeps it. `content` is `{1, 2}` where it is small, else `sha256:` and 32 hex digits."""
+    """A constant, wherever the model keeps it.
+
+    `content` is `{1, 2}` where it is small, else `sha256:` and 32 hex digits, or `unread` where weights were not looked at.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,7 +45,7 @@ class Tensor:
 
     @property
     def hashed(self) -> bool:
-        return self.content.startswith("sha256:")
+        return not self.content.startswith("{")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Port:
 class Node:
     """One operation. `op` has its domain unless that is ai.onnx. Attributes are text, sorted, without those that have their default.
 
-    The last `captures` of the inputs are what its subgraphs read of the graph around them. `name` and `scope` are hints for people.
+    The last `captures` of the inputs are what its subgraphs read of the graph around them. `name` is a hint for people, and
+    `values` are the model's own names of the outputs, which lead back from here to what can be run.
     """
 
     op: str
@@ -93,6 +97,7 @@ class Node:
     outputs: int = 1
     captures: int = 0
     name: str = field(default="", compare=False)
+    values: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

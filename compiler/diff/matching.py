@@ -64,7 +64,7 @@ class _Side:
         if isinstance(ref, Produced):
             return ref.output
         if isinstance(ref, (Given, Outer)):
-            return type(ref)  # type: ignore[return-value]
+            return type(ref).__name__
         return ref.type if isinstance(ref, Tensor) and ref.hashed else ref
 
     def _up(self, look: list[int], number: Callable[[Hashable], int]) -> list[int]:

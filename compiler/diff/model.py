@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from .numbers import Numbers
 
 SCHEMA_VERSION = 1
 
@@ -68,6 +70,7 @@ class GraphDiff:
     edits: tuple[Edit, ...]
     cost_before: Cost
     cost_after: Cost
+    numbers: Numbers | None = None
     verdicts: tuple[Verdict, ...] = ()
     version: int = SCHEMA_VERSION
 
@@ -81,9 +84,27 @@ class GraphDiff:
         return all(verdict.ok for verdict in self.verdicts)
 
     @property
+    def moved(self) -> bool:
+        """Whether the models were run and their numbers differ by more than noise."""
+        return self.numbers is not None and not self.numbers.ok
+
+    @property
     def exit_code(self) -> int:
         """0 the same, 1 differs within policy, 2 the policy is violated."""
-        return 2 if not self.ok else 0 if self.same else 1
+        return 2 if not self.ok else 1 if not self.same or self.moved else 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "same": self.same, "ok": self.ok, "exit_code": self.exit_code}
+        """As `json_schema()` describes it."""
+        from .schema import as_json
+
+        return as_json(self)
+
+    def to_text(self) -> str:
+        from .render_terminal import to_text
+
+        return to_text(self)
+
+    def to_markdown(self) -> str:
+        from .render_markdown import to_markdown
+
+        return to_markdown(self)

@@ -17,7 +17,7 @@ from .write import HEADER
 _MOST_NODES, _DEEPEST = 100_000, 32
 
 _NAME = r'(?:"(?:[^"\\]|\\.)*"|[\w.:/\-]+)'
-_TENSOR = re.compile(rf"(\w+)\[((?:\d{{1,15}}(?:, \d{{1,15}})*)?)\](\{{.*\}}|sha256:[0-9a-f]{{{DIGITS}}})")
+_TENSOR = re.compile(rf"(\w+)\[((?:\d{{1,15}}(?:, \d{{1,15}})*)?)\](\{{.*\}}|sha256:[0-9a-f]{{{DIGITS}}}|unread)")
 _IN_REPEAT = re.compile(r"(r\d+)\[(\d+|i)\]\.(\w+)(?::(\d+))?")
 _LOCAL = re.compile(r"(/?)(\w+)(?::(\d+))?")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}

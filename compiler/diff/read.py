@@ -25,13 +25,13 @@ _STANDARD = ("", "ai.onnx")
 _DEEPEST = 32
 
 
-def read_onnx_snapshot(path: Path) -> Snapshot:
+def read_onnx_snapshot(path: Path, *, weights: bool = True) -> Snapshot:
     """The canonical form of the model at `path`. ModelError or UnsafePathError for what can't be read or may not be."""
     path = path.resolve()
     skeleton = read_skeleton(path)
     hasher = Hasher()
     try:
-        return _read(skeleton.proto, Constants(path, skeleton, hasher))
+        return _read(skeleton.proto, Constants(path, skeleton, hasher, weights))
     except ModelError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
     finally:
@@ -154,6 +154,7 @@ class _Reader:
         return Node(
             op, (*inputs, *captured.values()), tuple(sorted((k, v) for k, v in attributes.items() if defaults.get(k) != v)),
             tuple(sorted(subgraphs, key=lambda pair: pair[0])), len(proto.output), len(captured), name_of(proto.name),
+            tuple(proto.output),
         )
 
     def _constant(self, proto: onnx.NodeProto) -> Tensor | None:

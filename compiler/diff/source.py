@@ -1,4 +1,4 @@
-"""`octavo.snapshot`: a model, an artifact or a snapshot's text as a canonical `Snapshot`."""
+"""A model, an artifact or a snapshot's text as a canonical `Snapshot`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .write import HEADER
 _MOST_TEXT = 64 << 20
 
 
-def read_snapshot(source: str | PathLike[str]) -> Snapshot:
+def read_snapshot(source: str | PathLike[str], *, weights: bool = True) -> Snapshot:
     """The canonical form of an `.onnx`, of an artifact's graph (a folder), or of a text that `octavo snapshot` wrote.
 
-    Structure alone: weights are hashed in chunks where they lie, nothing is run and no library is loaded. ModelError or UnsafePathError.
+    Structure alone: weights are hashed in chunks where they lie, nothing is run and no library is loaded.
+    `weights=False` tells them by type alone, for where their files are not. ModelError or UnsafePathError.
     """
     path = Path(source)
     if path.is_dir():
@@ -27,9 +28,16 @@ def read_snapshot(source: str | PathLike[str]) -> Snapshot:
         if not path.exists():
             raise ModelError(f"{path.parent} is a folder without {GRAPH}", hint="give an artifact's folder, an .onnx file or a snapshot")
     path = model_file(path)
+    return parse(_text(path)) if is_snapshot(path) else read_onnx_snapshot(path, weights=weights)
+
+
+def is_snapshot(source: str | PathLike[str]) -> bool:
+    """Whether a file begins as a snapshot's text does."""
+    path = Path(source)
+    if not path.is_file():
+        return False
     with path.open("rb") as stream:
-        begins = stream.read(len(HEADER))
-    return parse(_text(path)) if begins == HEADER.encode() else read_onnx_snapshot(path)
+        return stream.read(len(HEADER)) == HEADER.encode()
 
 
 def _text(path: Path) -> str:
