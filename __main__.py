@@ -88,8 +88,8 @@ def compile_(
     weights: Annotated[
         str, typer.Option(help='fp32, stored (as the source has them), int8, int4, or a JSON map of patterns: {"head": "int8", "*": "int4"}.'),
     ] = "fp32",
-    group_size: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here.")] = 32,
-    zero_point: Annotated[str, typer.Option(help="What a group of int4 rounded here has besides its scale: none, uint8, float.")] = "none",
+    group_size: Annotated[int | None, typer.Option(help="32, 64 or 128 inputs share a scale, in weights rounded here (default: 64, else 32).")] = None,
+    zero_point: Annotated[str, typer.Option(help="What a group of int4 rounded here has besides its scale: float, uint8, none.")] = "float",
     quantizer: Annotated[str, typer.Option(help="How they are rounded: search, rtn, hqq, gptq.")] = "search",
     weight_budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help='Raise what int4 harms most to int8, as long as quantized weights fit this, such as "90MB".'),

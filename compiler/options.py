@@ -29,9 +29,10 @@ class CompileOptions:
     weights          "fp32", "int8", "int4", or "stored" (what the source stores quantized stays so, to the bit), or a map of patterns over the names
                      of linears, read in order: {"head": "int8", "layers.0.*": "fp32", "*": "int4"}. Linears that the source stores in the width
                      asked for are taken as they are.
-    group_size       32, 64 or 128 inputs share a scale, in weights that are quantized here.
-    zero_point       what a group of int4 has besides its scale, where it is rounded here: "none" (symmetric), "uint8" (a zero point), "float" (a
-                     minimum); int8 is symmetric.
+                     "int4" by itself keeps the head in int8, or leaves it to weight_budget; a map says exactly what it says.
+    group_size       32, 64 or 128 inputs share a scale, in weights that are quantized here. None: 64, or 32 where 64 doesn't divide the inputs.
+    zero_point       what a group of int4 has besides its scale, where it is rounded here: "float" (a minimum), "uint8" (a zero point), "none"
+                     (symmetric); int8 is symmetric.
     quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points; int4
                      with zero_point="float", int8 is searched), "gptq" (errors are made up for by what is rounded later; wants calibration text).
     weight_budget    bytes, or text such as "90MB", that all quantized weights together may take: what int4 is measured to harm most is raised to int8.
@@ -50,8 +51,8 @@ class CompileOptions:
     """
 
     weights: Precision | Mapping[str, Precision] = "fp32"
-    group_size: int = 32
-    zero_point: ZeroPoint = "none"
+    group_size: int | None = None
+    zero_point: ZeroPoint = "float"
     quantizer: Quantizer = "search"
     weight_budget: int | str | None = None
     calibration: str | PathLike[str] | None = None
@@ -72,7 +73,7 @@ class CompileOptions:
         for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer), ("zero_point", ZeroPoint)):
             if getattr(self, name) not in get_args(known):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {_listed(known)}")
-        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+        if self.group_size is not None and (self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool)):
             raise OptionError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
         for pattern, precision in self.patterns.items():
             if not isinstance(pattern, str) or precision not in get_args(Precision):
@@ -97,6 +98,11 @@ class CompileOptions:
     def patterns(self) -> Mapping[str, Precision]:
         """`weights` as a map of patterns."""
         return self.weights if isinstance(self.weights, Mapping) else {"*": self.weights}
+
+    @property
+    def head(self) -> Precision | None:
+        """What the head is stored as, where `patterns` don't have the last word on it."""
+        return "int8" if self.weights == "int4" and self.weight_budget is None else None
 
     @property
     def cache_formats(self) -> Mapping[str, CacheName]:

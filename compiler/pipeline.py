@@ -272,7 +272,7 @@ def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, i
         return False
     sums = rehearsal.sums() if rehearsal is not None and options.quantizer == "gptq" else None
     plan = WeightPlan(
-        options.patterns, options.group_size, quantizer(options.quantizer, sums), options.zero_point,  # type: ignore[arg-type]
+        options.patterns, options.group_size, quantizer(options.quantizer, sums), options.zero_point, options.head,  # type: ignore[arg-type]
         activation_bits=8 if options.activations == "int8" else 32,
     )
     model, ids = understood.model, interface.input("input_ids")

@@ -55,6 +55,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
         split = split_skip_norms(model)
         linears = find_linears(model, self._ids)
         precision = precisions(self._plan.patterns, linears.names)
+        if self._plan.head is not None and "head" in precision:
+            precision["head"] = self._plan.head
         if self._budget is not None:
             size, rehearsal = self._budget
             precision, self.raised = raise_harmful(linears, precision, partial(Weights, self._plan, precision, self._stored), rehearsal, size)

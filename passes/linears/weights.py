@@ -29,21 +29,24 @@ class WeightPlan:
     """What the linears of a graph shall be stored as.
 
     patterns    names → precision, read in order; what none takes stays as the graph has it
-    group_size  of what is quantized here: what is stored quantized keeps its own
+    group_size  of what is quantized here: what is stored quantized keeps its own. None: 64, or 32 where 64 doesn't divide the inputs
     int4_zero   what a group of int4 has besides its scale; int8 is symmetric
     quantize    how the others are rounded
+    head        what the head is stored as, whatever the patterns say; None: what they say
     activation_bits  8: rows are rounded to int8 by groups; 32: they stay float32
     """
 
     patterns: Mapping[str, Precision]
-    group_size: GroupSize
+    group_size: GroupSize | None
     quantize: Quantizer
     int4_zero: ZeroPoint = "none"
+    head: Precision | None = None
     activation_bits: int = 8
 
-    def scheme(self, precision: Precision) -> Scheme:
-        bits = _BITS[precision]
-        return Scheme(bits, self.group_size, self.int4_zero if bits == 4 else "none")
+    def scheme(self, precision: Precision, K: int) -> Scheme:
+        """How a matrix of K inputs is rounded to `precision`."""
+        bits, size = _BITS[precision], self.group_size or (32 if K % 64 else 64)
+        return Scheme(bits, size, self.int4_zero if bits == 4 else "none")
 
 
 class Weights:
@@ -77,7 +80,7 @@ class Weights:
         floats = self._floats(site, found if isinstance(found, QuantizedWeight) else None)
         if floats is None:
             return None
-        scheme = self._plan.scheme(wanted)
+        scheme = self._plan.scheme(wanted, site.K)
         self._count(f"{scheme}{'' if found is None else ', quantized again'}", site)
         self.rounded = (*self.rounded, site.name)
         return self._plan.quantize(floats, scheme, str(site.weight.name))

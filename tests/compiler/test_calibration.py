@@ -89,15 +89,32 @@ def test_gptq_is_nearer_to_the_source_than_rounding_and_says_what_it_saw(text: P
 
 @pytest.mark.parametrize("zero_point, quantizer", [("uint8", "search"), ("float", "search"), ("float", "hqq"), ("uint8", "gptq")])
 def test_asymmetric_groups_are_had_by_asking(zero_point: str, quantizer: str, tiny_onnx: Path, tmp_path: Path) -> None:
-    options = octavo.CompileOptions(weights={"head": "int8", "*": "int4"}, zero_point=zero_point, quantizer=quantizer)  # type: ignore[arg-type]
+    options = octavo.CompileOptions(
+        weights={"head": "int8", "*": "int4"}, group_size=32, zero_point=zero_point, quantizer=quantizer,  # type: ignore[arg-type]
+    )
     report = octavo.compile(tiny_onnx / "model.onnx", tmp_path / "out", options=options)
     weights = next(d.reason for d in report.decisions if d.feature == "weights")
     words = {"uint8": "with zero points", "float": "with minimums"}[zero_point]
     assert f"int4 in groups of 32, {words}: 14" in weights and "int8 in groups of 32, symmetric: 1 (head)" in weights
 
 
+def test_int4_by_itself_is_the_default_that_was_measured(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Minimums, groups of 64 where they divide, the head in int8; a map has no head of its own."""
+    for weights, expected in (
+        ("int4", ("int4 in groups of 64, with minimums: 12 (", "int4 in groups of 32, with minimums: 2 (layers.*.mlp.down)",
+                  "int8 in groups of 64, symmetric: 1 (head)")),
+        ({"*": "int4"}, ("int4 in groups of 64, with minimums: 13 (", "int4 in groups of 32, with minimums: 2 (")),
+    ):
+        report = octavo.compile(tiny_onnx / "model.onnx", tmp_path / "out", options=octavo.CompileOptions(weights=weights))  # type: ignore[arg-type]
+        reason = next(d.reason for d in report.decisions if d.feature == "weights")
+        assert all(part in reason for part in expected), reason
+    with pytest.raises(OptionError, match=r"groups of 64 don't divide the 96 inputs of .*down_proj"):
+        octavo.compile(tiny_onnx / "model.onnx", tmp_path / "out", options=octavo.CompileOptions(weights="int4", group_size=64))
+
+
 @pytest.mark.parametrize("options, message", [
-    ({"calibration": "a.txt"}, "nothing calibrates"), ({"calibration": 3, "quantizer": "gptq"}, "is no path"), ({"quantizer": "hqq"}, "zero_point"),
+    ({"calibration": "a.txt"}, "nothing calibrates"), ({"calibration": 3, "quantizer": "gptq"}, "is no path"),
+    ({"quantizer": "hqq", "zero_point": "none"}, "zero_point"),
     ({"zero_point": "int8"}, "zero_point"),
 ])
 def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:

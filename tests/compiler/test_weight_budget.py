@@ -14,7 +14,7 @@ from octavo.errors import OptionError
 from octavo.models.tiny import TINY, build_llama, tiny_weights, write_config
 
 IDS = np.random.default_rng(3).integers(3, 320, 400).tolist()
-OPTIONS: dict[str, Any] = {"weights": "int4", "quantizer": "rtn", "activations": "fp32", "kv_cache": "fp32"}
+OPTIONS: dict[str, Any] = {"weights": "int4", "group_size": 32, "zero_point": "none", "quantizer": "rtn", "activations": "fp32", "kv_cache": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def _error(folder: Path, artifact: Path) -> float:
 
 
 def test_the_most_harmful_is_raised_first_and_the_budget_is_kept(folder: Path, tmp_path: Path) -> None:
-    _, bits, base = _compile(folder, tmp_path / "int4")
+    _, bits, base = _compile(folder, tmp_path / "int4", weights={"*": "int4"})
     assert set(bits) == {4}
     extra = 64 * 96 // 2                                    # bytes by which int8 is longer for one down projection
     errors = {"int4": _error(folder, tmp_path / "int4")}
