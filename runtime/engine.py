@@ -17,6 +17,7 @@ from .executor import Executor, Logits
 from .pace import Pace, Policy
 from .plan import SequenceState, Slice, StepPlan
 from .request import AppendRequest, GenerateRequest, Request
+from .sampler import Row, open_sampler
 from .scheduler import Schedule, Scheduler
 
 
@@ -64,6 +65,7 @@ class Engine:
         self.counters: Counter[str] = Counter()
         self.clock = time.monotonic
         self._decisions = decisions
+        self._sampler = open_sampler(executor.vocab_size, decisions)
         self._scheduler: Scheduler[Request] = Scheduler(executor.limits, executor, self._drop_idle)
         self._pace = Pace(policy, executor.limits.max_tokens)
         self._max_waiting = max_waiting
@@ -179,21 +181,17 @@ class Engine:
         schedule = self._scheduler.schedule(self._pace.prompt_tokens(decoding))
         for request in schedule.starved:
             self._fail(request, self._no_room(request))
-        unread = dict(zip(schedule.requests, schedule.plan.slices))
+        unread: dict[Request, Slice] = dict(zip(schedule.requests, schedule.plan.slices))
         try:
-            for request, part, outcome in self._execute(schedule):
-                if isinstance(outcome, OctavoError):
-                    self._fail(request, outcome)
-                else:
-                    self._accept(request, part, outcome)
-                del unread[request]
+            for outcomes in self._execute(schedule):
+                self._settle(outcomes, unread)
         finally:
             # An interrupt came in between: rows that nobody has read are computed again.
             for request, part in unread.items():
                 self.executor.truncate(request.sequence, part.start)
 
-    def _execute(self, schedule: Schedule[Request]) -> Iterator[tuple[Request, Slice, Logits | OctavoError]]:
-        """Each request with its logits, or with what went wrong.
+    def _execute(self, schedule: Schedule[Request]) -> Iterator[list[tuple[Request, Slice, Logits | OctavoError]]]:
+        """Each request with its logits, which last until the next run, or with what went wrong; run by run.
 
         A step of several that fails is done again one by one, so that only the culprit ends.
         """
@@ -213,27 +211,45 @@ class Engine:
                     yield from self._execute(Schedule((request,), StepPlan((part,)), ()))
                 return
             outcomes = [error]
-        yield from zip(schedule.requests, plan.slices, outcomes)
+        yield list(zip(schedule.requests, plan.slices, outcomes))
 
-    def _accept(self, request: Request, part: Slice, rows: Logits) -> None:
-        """Samples and emits; ends what is done."""
-        if isinstance(request, GenerateRequest) and request.num_pending == 0:
-            for index in range(1, request.forks_wanted + 1):
-                fork = request.fork(self.fork(request.sequence), index)
-                request.generation.requests.append(fork)
-                self._scheduler.add(fork, admitted=True)
-                self._take(fork, part, rows)
-        self._take(request, part, rows)
+    def _settle(self, outcomes: list[tuple[Request, Slice, Logits | OctavoError]], unread: dict[Request, Slice]) -> None:
+        """Hands out logits, draws the tokens of all completions at once, emits them, ends what is done. Leaves in `unread` what it did not get to."""
+        work: list[tuple[GenerateRequest, Slice, Row]] = []
+        for request, part, outcome in outcomes:
+            if isinstance(outcome, OctavoError):
+                self._fail(request, outcome)
+                del unread[request]
+                continue
+            request.accept(part, outcome, self._sampler)
+            if isinstance(request, GenerateRequest) and request.num_pending == 0:
+                work += [(twin, part, outcome[-1]) for twin in (*self._forks(request, part, unread), request)]
+                continue
+            del unread[request]
+            if request.done:
+                self._retire(request)
+        self._sampler.choose([(request.draw, row) for request, _, row in work])
+        for request, part, _ in work:
+            if request.draw.failure:    # logits that nothing can be drawn from
+                failure = StepError(request.draw.failure)
+                self._record(failure, StepPlan((part,)))
+                self._fail(request, failure)
+            else:
+                request.take()
+                if request.done:
+                    self._retire(request)
+            del unread[request]
 
-    def _take(self, request: Request, part: Slice, rows: Logits) -> None:
-        try:
-            request.accept(part, rows)
-        except ValueError as error:     # logits that nothing can be drawn from
-            failure = StepError(str(error))
-            self._record(failure, StepPlan((part,)))
-            self._fail(request, failure)
-        if request.done:
-            self._retire(request)
+    def _forks(self, request: GenerateRequest, part: Slice, unread: dict[Request, Slice]) -> list[GenerateRequest]:
+        """The other completions of a prompt that has just been computed."""
+        forks = []
+        for index in request.forks_wanted:
+            fork = request.fork(self.fork(request.sequence), index)
+            request.generation.requests.append(fork)
+            self._scheduler.add(fork, admitted=True)
+            unread[fork] = part
+            forks.append(fork)
+        return forks
 
     def fork(self, sequence: SequenceState) -> SequenceState:
         """Under the turn."""

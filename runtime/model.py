@@ -175,7 +175,7 @@ class Model:
         """
         engine = self.engine
         encoded = [encode_prompt(prompt, self.tokenizer, engine.executor.vocab_size) for prompt in as_prompts(prompts)]
-        generations = self._begin([(ids, None) for ids in encoded], params, priority=priority, deadline=deadline, salt=salt)
+        generations = self._begin([(ids, None) for ids in encoded], params, streamed=False, priority=priority, deadline=deadline, salt=salt)
         try:
             for generation in generations:
                 engine.run(generation.requests, lambda generation=generation: generation.done)  # type: ignore[misc]
@@ -194,7 +194,8 @@ class Model:
         if len(prompts) != 1:
             raise RequestError(f"stream takes one prompt, not {len(prompts)}", hint="generate takes several")
         ids = encode_prompt(prompts[0], self.tokenizer, self.engine.executor.vocab_size)
-        return PieceStream(self.engine, self._begin([(ids, None)], params, priority=priority, deadline=deadline, salt=salt)[0])
+        generations = self._begin([(ids, None)], params, streamed=True, priority=priority, deadline=deadline, salt=salt)
+        return PieceStream(self.engine, generations[0])
 
     def astream(
         self, prompt: Any, params: SamplingParams | None = None, *, priority: int = 0, deadline: float | None = None, salt: str | None = None,
@@ -202,11 +203,11 @@ class Model:
         """`stream` for `async for`. Steps run in a worker thread; cancelling the task that waits for a piece ends the request."""
         return AsyncPieceStream(self.engine, self.stream(prompt, params, priority=priority, deadline=deadline, salt=salt))
 
-    def begin_generation(self, state: SequenceState, params: SamplingParams, deadline: float | None) -> Generation:
+    def begin_generation(self, state: SequenceState, params: SamplingParams, deadline: float | None, *, streamed: bool) -> Generation:
         """Queues the continuation of a sequence (used by Sequence)."""
         if not state.tokens:
             raise RequestError("the sequence is empty", hint="append() a prompt first")
-        return self._begin([(state.tokens, state)], params, deadline=deadline)[0]
+        return self._begin([(state.tokens, state)], params, streamed=streamed, deadline=deadline)[0]
 
     def close(self) -> None:
         """Closes its sessions and lets go of session and caches. Closing twice is fine.
@@ -236,7 +237,7 @@ class Model:
             raise RequestError("the model is closed", hint="load it again")
 
     def _begin(
-        self, work: list[tuple[list[int], SequenceState | None]], params: SamplingParams | None, *, priority: int = 0,
+        self, work: list[tuple[list[int], SequenceState | None]], params: SamplingParams | None, *, streamed: bool, priority: int = 0,
         deadline: float | None = None, salt: str | None = None,
     ) -> list[Generation]:
         """Checks all, then queues all."""
@@ -252,7 +253,7 @@ class Model:
         if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, int | float) or not math.isfinite(deadline)):
             raise OptionError(f"deadline={deadline!r} is not a number of seconds")
         end = None if deadline is None else engine.clock() + deadline
-        generations = [self._generation(ids, params, owns=state is None, deadline=end) for ids, state in work]
+        generations = [self._generation(ids, params, owns=state is None, streamed=streamed, deadline=end) for ids, state in work]
         texts = [None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings) for ids, _ in work]
         with engine.turn:
             engine.collect_dropped()
@@ -275,7 +276,7 @@ class Model:
                 raise
         return generations
 
-    def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool, deadline: float | None) -> Generation:
+    def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool, streamed: bool, deadline: float | None) -> Generation:
         executor = self.engine.executor
         length = len(ids)
         check_length(self.engine, length)
@@ -295,7 +296,7 @@ class Model:
         eos = frozenset(token for token in eos if 0 <= token < executor.vocab_size)
         return Generation(
             prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns, deadline=deadline,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            streamed=streamed, seed=secrets.randbits(64) if params.seed is None else params.seed,
         )
 
 

@@ -7,6 +7,7 @@ and value go, `block_table.{g}[b]` where the keys it sees lie (docs/reference/gr
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from .kv.store import BlockStore
 from .kv.tables import BlockTables, Extension, SequenceBlocks
 from .plan import Limits, SequenceState, StepPlan
 from .saved import CacheState
+
+# A block table grows by so many blocks of a sequence at once: it is bound anew for each width.
+_TABLE_STEP = 8
 
 
 class PagedExecutor:
@@ -95,8 +99,8 @@ class PagedExecutor:
         try:
             for part in plan.slices:
                 extensions.append(self._tables.extend(_blocks(part.sequence), part.start, part.stop))
-            for extension in extensions:
-                self._store.copy(extension.copies)
+            if copies := [copy for extension in extensions for copy in extension.copies]:
+                self._store.copy(copies)
             logits = self._feed.run(plan)
         except BaseException as error:
             # What the step has written lies in slots after each sequence's length, or in fresh copies: nobody sees it.
@@ -109,7 +113,7 @@ class PagedExecutor:
             self._tables.commit(extension)
             part.sequence.num_cached = part.stop
             self._tables.settle(_blocks(part.sequence), part.sequence.tokens, part.stop)
-        ends = np.cumsum([part.num_rows for part in plan.slices])
+        ends = accumulate(part.num_rows for part in plan.slices)
         return [logits[end - part.num_rows : end] for part, end in zip(plan.slices, ends)]
 
     def stats(self) -> dict[str, int]:
@@ -151,7 +155,7 @@ class _Feed:
             "input_ids": (T, np.int64), "position_ids": (T, np.int64), "cumulative_sequence_length": (B + 1, np.int32),
             "past_seqlens": (B, np.int32), "logit_rows": (T, np.int64), "parent": (T, np.int32),
             **{f"slot_mapping.{g}": (T, np.int32) for g in self._groups},
-            **{f"block_table.{g}": (B * M, np.int32) for g in self._groups},
+            **{f"block_table.{g}": (B * (M + _TABLE_STEP), np.int32) for g in self._groups},
         }
         caches = store.ort_values()
         wanted = {port.name for port in session.get_inputs()}
@@ -159,6 +163,8 @@ class _Feed:
             raise ArtifactError(f"the graph has an input {min(unknown)!r} that no paged decoder has", hint="compile the model again")
         self._buffers: dict[str, NDArray[Any]] = {name: np.zeros(size, dtype) for name, (size, dtype) in sizes.items() if name in wanted}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tables: list[dict[int, list[int]]] = [{} for _ in self._groups]   # rows of each block table as they were written
+        self._decoding = 0      # sequences of the last step, if each had one token
         self._io = session.io_binding()
         for name, value in caches.items():
             self._io.bind_ortvalue_input(name, value)
@@ -174,7 +180,32 @@ class _Feed:
         return self._logits[: plan.num_rows]
 
     def _fill(self, plan: StepPlan) -> None:
-        T, B = plan.num_tokens, len(plan.slices)
+        if plan.num_tokens == len(plan.slices) == plan.num_rows:
+            self._fill_decode(plan)
+        else:
+            self._fill_any(plan)
+        for group in self._groups:
+            self._put_table([_blocks(part.sequence).tables[group] for part in plan.slices], group)
+
+    def _fill_decode(self, plan: StepPlan) -> None:
+        """One token of each sequence: what most steps are, and in a list NumPy would take longer than the loop."""
+        B, P = len(plan.slices), self._block_size
+        positions = [part.start for part in plan.slices]
+        self._put("input_ids", [part.sequence.tokens[part.start] for part in plan.slices], (1, B))
+        self._put("position_ids", positions, (1, B))
+        self._put("past_seqlens", positions, (B,))
+        if self._decoding != B:
+            self._put("cumulative_sequence_length", np.arange(B + 1), (B + 1,))
+            self._put("parent", np.full(B, -1), (B,))
+            self._put("logit_rows", np.arange(B), (B,))
+            self._decoding = B
+        for group in self._groups:
+            slots = [_blocks(part.sequence).tables[group][part.start // P] * P + part.start % P for part in plan.slices]
+            self._put(f"slot_mapping.{group}", slots, (B,))
+
+    def _fill_any(self, plan: StepPlan) -> None:
+        self._decoding = 0
+        T, B, P = plan.num_tokens, len(plan.slices), self._block_size
         lengths = np.array([part.stop - part.start for part in plan.slices])
         starts = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.concatenate([np.arange(part.start, part.stop) for part in plan.slices])
@@ -184,30 +215,44 @@ class _Feed:
         self._put("input_ids", np.concatenate([part.sequence.tokens[part.start : part.stop] for part in plan.slices]), (1, T))
         self._put("position_ids", positions, (1, T))
         self._put("cumulative_sequence_length", starts, (B + 1,))
-        self._put("past_seqlens", np.array([part.start for part in plan.slices]), (B,))
+        self._put("past_seqlens", [part.start for part in plan.slices], (B,))
         self._put("parent", parent, (T,))
         # A step that wants no logits still computes one row: a graph with nothing to gather is a case that no kernel needs to know.
         self._put("logit_rows", rows if len(rows) else np.array([T - 1]), (max(len(rows), 1),))
         for group in self._groups:
-            self._put_blocks(plan, group, lengths, positions)
+            blocks = np.concatenate([
+                np.array(_blocks(part.sequence).tables[group][part.start // P : -(-part.stop // P)])[np.arange(part.start, part.stop) // P - part.start // P]
+                for part in plan.slices
+            ])
+            self._put(f"slot_mapping.{group}", blocks * P + positions % P, (T,))
 
-    def _put_blocks(self, plan: StepPlan, group: int, lengths: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        tables = [_blocks(part.sequence).tables[group] for part in plan.slices]
-        block_table = np.full((len(tables), max(map(len, tables))), -1, np.int64)
-        for row, table in zip(block_table, tables):
-            row[: len(table)] = table
-        blocks = block_table[np.repeat(np.arange(len(tables)), lengths), positions // self._block_size]
-        self._put(f"block_table.{group}", block_table.ravel(), block_table.shape)
-        self._put(f"slot_mapping.{group}", blocks * self._block_size + positions % self._block_size, positions.shape)
+    def _put_table(self, tables: list[list[int]], group: int) -> None:
+        """The block table, as wide as a multiple of _TABLE_STEP; a row that stands there already is left."""
+        name = f"block_table.{group}"
+        width = -(-max(map(len, tables)) // _TABLE_STEP) * _TABLE_STEP
+        rows = self._buffers[name][: len(tables) * width].reshape(len(tables), width)
+        written = self._tables[group]
+        if self._bind(name, rows):
+            written.clear()
+        for index, table in enumerate(tables):
+            if written.get(index) != table:
+                rows[index, : len(table)] = table
+                rows[index, len(table) :] = -1
+                written[index] = table.copy()
 
-    def _put(self, name: str, values: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+    def _put(self, name: str, values: NDArray[np.int64] | list[int], shape: tuple[int, ...]) -> None:
         buffer = self._buffers.get(name)
-        if buffer is None:
-            return      # the graph has no use for it (position_ids, where attention rotates by itself)
-        buffer[: values.size] = values
-        if self._shapes.get(name) != shape:
-            self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(buffer[: values.size].reshape(shape)))
-            self._shapes[name] = shape
+        if buffer is not None:      # else the graph has no use for it (position_ids, where attention rotates by itself)
+            buffer[: len(values)] = values
+            self._bind(name, buffer[: len(values)].reshape(shape))
+
+    def _bind(self, name: str, view: NDArray[Any]) -> bool:
+        """Binds the beginning of a buffer, unless it is bound in this shape already; whether it was not."""
+        if self._shapes.get(name) == view.shape:
+            return False
+        self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(view))
+        self._shapes[name] = view.shape
+        return True
 
     def _bind_logits(self, rows: int) -> None:
         """Into a buffer of our own: an output bound by device alone keeps the first step's shape."""

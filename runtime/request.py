@@ -6,13 +6,13 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import OctavoError
 from .executor import Logits
 from .plan import SequenceState, Slice
 from .results import Completion, FinishReason, Piece, Result, TokenLogprob, Usage
-from .sampling import SamplingParams, sample, token_logprob
+from .sampler import Draw, Sampler
+from .sampling import SamplingParams
 from .text import TextStream
 
 
@@ -39,7 +39,7 @@ class Request:
         """Leading tokens whose logits nobody wants: they need not be computed if they are cached somewhere."""
         return self.first_row
 
-    def accept(self, part: Slice, rows: Logits) -> None:
+    def accept(self, part: Slice, rows: Logits, sampler: Sampler) -> None:
         """Takes the logits of positions [part.first_row, part.stop), a view that lasts until the next step."""
         raise NotImplementedError
 
@@ -63,7 +63,7 @@ class AppendRequest(Request):
     def logits(self) -> Logits:
         return self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows)
 
-    def accept(self, part: Slice, rows: Logits) -> None:
+    def accept(self, part: Slice, rows: Logits, sampler: Sampler) -> None:
         if len(rows):
             self._rows.append(rows.copy())
         self.done = self.num_pending == 0
@@ -83,6 +83,7 @@ class Generation:
     seed: int
     limit: int                     # most tokens a completion may get
     owns_sequence: bool            # the sequence is the request's own and closed with it
+    streamed: bool                 # somebody takes pieces; else there are none, and text is made at the end
     deadline: float | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
     pieces: deque[Piece] = field(default_factory=deque)
@@ -104,15 +105,19 @@ class Generation:
 
 
 class GenerateRequest(Request):
-    """Completion `index` of a generation: compute what is pending, sample, and again, until it ends."""
+    """Completion `index` of a generation: compute what is pending, take the token drawn, and again, until it ends."""
 
     def __init__(self, sequence: SequenceState, generation: Generation, index: int, text: TextStream | None) -> None:
         prompted = generation.params.prompt_logprobs is not None and index == 0
         super().__init__(sequence, 0 if prompted else len(generation.prompt) - 1, deadline=generation.deadline)
         self.generation = generation
         self.index = index
-        self.output: list[int] = []
+        self.draw = Draw(
+            generation.params, prompt=generation.prompt, banned=tuple(generation.stop_ids), seed=generation.seed, completion=index,
+        )
+        self.output = self.draw.output
         self._text = text
+        self._unread: list[int] = []    # tokens that text has not been made of
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason = "length"
@@ -125,21 +130,42 @@ class GenerateRequest(Request):
         return min(known, len(self.sequence.tokens) - 1)
 
     @property
-    def forks_wanted(self) -> int:
-        """Completions to fork off before the first token is sampled."""
-        return self.generation.params.n - 1 if self.index == 0 and not self.output else 0
+    def forks_wanted(self) -> range:
+        """Completions to fork off before the first token is drawn."""
+        return range(len(self.generation.requests), self.generation.params.n if self.index == 0 else 0)
 
     def fork(self, sequence: SequenceState, index: int) -> GenerateRequest:
         return GenerateRequest(sequence, self.generation, index, self._text.fork() if self._text else None)
 
-    def accept(self, part: Slice, rows: Logits) -> None:
-        self._take_prompt_logprobs(part, rows)
-        if self.num_pending == 0:
-            self._sample(rows[-1])
+    def accept(self, part: Slice, rows: Logits, sampler: Sampler) -> None:
+        generation = self.generation
+        k = generation.params.prompt_logprobs
+        if k is None or self.index:
+            return
+        # The row of position p predicts token p + 1. A row seen again after a preemption is not taken twice.
+        for position, row in zip(range(part.first_row, part.stop), rows):
+            if len(generation.prompt_logprobs) == position + 1 < len(generation.prompt):
+                generation.prompt_logprobs.append(sampler.measure(row, generation.prompt[position + 1], k))
+
+    def take(self) -> None:
+        """Takes the token that `draw` has."""
+        generation, token = self.generation, self.draw.token
+        logprobs = () if (logprob := self.draw.logprob) is None else (logprob,)
+        self.draw.add(token)
+        self.sequence.tokens.append(token)
+        if token in generation.stop_ids:
+            return self._end("stop", self._rest(), (token,), logprobs)
+        text = self._read(token)
+        if self._text and self._text.stopped:
+            return self._end("stop", text, (token,), logprobs)
+        if len(self.output) >= generation.limit:
+            text += self._rest()
+            return self._end("stop" if self._text and self._text.stopped else "length", text, (token,), logprobs)
+        self._emit(text, (token,), logprobs)
 
     def fail(self, error: OctavoError) -> None:
         self._error = str(error)
-        self._end("error", "", ())
+        self._end("error", self._rest(), ())
         if self.index == 0:
             for index in range(len(self.generation.requests), self.generation.params.n):
                 self.generation.pieces.append(Piece(index, "", (), finish_reason="error", error=self._error))
@@ -148,47 +174,33 @@ class GenerateRequest(Request):
         logprobs = None if self.generation.params.logprobs is None else tuple(self._logprobs)
         return Completion("".join(self._texts), tuple(self.output), self._finish, logprobs, self._error)
 
-    def _take_prompt_logprobs(self, part: Slice, rows: Logits) -> None:
-        generation = self.generation
-        k = generation.params.prompt_logprobs
-        if k is None or self.index:
-            return
-        # The row of position p predicts token p + 1. A row seen again after a preemption is not taken twice.
-        for position, row in zip(range(part.first_row, part.stop), rows):
-            if len(generation.prompt_logprobs) == position + 1 < len(generation.prompt):
-                generation.prompt_logprobs.append(token_logprob(row, generation.prompt[position + 1], k))
+    def _read(self, token: int) -> str:
+        """What can be given out of the text with `token`; nothing before the end where nobody waits for it."""
+        if self._text is None:
+            return ""
+        self._unread.append(token)
+        if not self.generation.streamed and not self.generation.params.stop_strings:
+            return ""
+        text = self._text.feed(*self._unread, stops=len(self.output) > self.generation.params.min_tokens)
+        self._unread.clear()
+        return text
 
-    def _sample(self, row: NDArray[np.float32]) -> None:
-        generation, params = self.generation, self.generation.params
-        early = len(self.output) < params.min_tokens
-        history = (generation.prompt, self.output) if params.penalizes else ((), ())
-        prompt, output = (np.array(tokens, np.int64) for tokens in history)
-        token = sample(
-            row, params, prompt=prompt, output=output, banned=tuple(generation.stop_ids) if early else (), seed=generation.seed,
-            completion=self.index, index=len(self.output),
-        )
-        logprobs = () if params.logprobs is None else (token_logprob(row, token, params.logprobs),)
-        self.output.append(token)
-        self.sequence.tokens.append(token)
-        if token in generation.stop_ids:
-            return self._end("stop", self._text.finish() if self._text else "", (token,), logprobs)
-        text = self._text.feed(token, stops=len(self.output) > params.min_tokens) if self._text else ""
-        if self._text and self._text.stopped:
-            return self._end("stop", text, (token,), logprobs)
-        if len(self.output) >= generation.limit:
-            text += self._text.finish() if self._text else ""
-            return self._end("stop" if self._text and self._text.stopped else "length", text, (token,), logprobs)
-        self._emit(text, (token,), logprobs)
+    def _rest(self) -> str:
+        """All text that was not given out."""
+        if self._text is None:
+            return ""
+        text = self._text.feed(*self._unread) if self._unread else ""
+        self._unread.clear()
+        return text + self._text.finish()
 
     def _end(self, reason: FinishReason, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         self._finish = reason
         self.done = True
-        if reason == "error" and self._text:
-            text = self._text.finish()
         self._emit(text, tokens, logprobs, finish=reason)
 
     def _emit(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish: FinishReason | None = None) -> None:
         self._texts.append(text)
         self._logprobs += logprobs
-        shown = None if self.generation.params.logprobs is None else logprobs
-        self.generation.pieces.append(Piece(self.index, text, tokens, shown, finish, self._error))
+        if self.generation.streamed:
+            shown = None if self.generation.params.logprobs is None else logprobs
+            self.generation.pieces.append(Piece(self.index, text, tokens, shown, finish, self._error))

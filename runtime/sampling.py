@@ -1,9 +1,4 @@
-"""From a row of logits to a token: pure functions of the row, the parameters, the tokens so far and (seed, index).
-
-Order, as the field has it: logit_bias and the ban of stop tokens below min_tokens; repetition, then frequency and presence penalties;
-temperature; min_p; top_k; top_p; the draw. Randomness is a counter-based generator keyed by (seed, completion) and counted by the token's
-index, so a token depends on nothing else that runs at the time.
-"""
+"""What to sample means: the parameters of a generation, checked. The arithmetic is custom_ops/sampling.py's."""
 
 from __future__ import annotations
 
@@ -14,15 +9,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ..custom_ops.native import MAX_LOGPROBS
 from ..errors import OptionError, RequestError
-from .results import TokenLogprob
 
-MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOKENS = 128, 20, 64, 1024, 2**31 - 1
-Row = NDArray[np.float32]
-Ids = NDArray[np.int64]
+MAX_N, MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOKENS = 128, 64, 1024, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -94,103 +84,6 @@ class SamplingParams:
             worst = max(ids, default=0)
             if worst >= vocab_size:
                 raise RequestError(f"{name} has token id {worst}, the vocabulary ends at {vocab_size - 1}")
-
-
-def sample(
-    logits: Row, params: SamplingParams, *, prompt: Ids, output: Ids, banned: tuple[int, ...], seed: int, completion: int, index: int,
-) -> int:
-    """Token `index` of a completion. `logits` (V) is not changed; `banned` ids can't be drawn. ValueError if nothing can be.
-
-    `prompt` and `output` are looked at where `params.penalizes`.
-    """
-    greedy = params.temperature == 0
-    if greedy and not (params.penalizes or params.logit_bias or banned):
-        return _best(logits)
-    scores = adjust(logits, params, prompt=prompt, output=output, banned=banned)
-    if greedy:
-        return _best(scores)
-    probs = distribution(scores, params)
-    cumulative = np.cumsum(probs)
-    point = uniform(seed, completion, index) * cumulative[-1]
-    token = int(np.searchsorted(cumulative, point, side="right"))
-    # Rounding can put the point on the very end: the last token with any probability then.
-    return token if token < len(probs) else int(np.flatnonzero(probs)[-1])
-
-
-def _best(scores: NDArray[Any]) -> int:
-    token = int(scores.argmax())    # the first NaN, where there is one
-    if not math.isfinite(scores[token]):
-        raise ValueError("no token has a finite logit" if not math.isnan(scores[token]) else "the model's logits are not numbers (NaN)")
-    return token
-
-
-def uniform(seed: int, completion: int, index: int) -> float:
-    """A float64 in [0, 1) that depends on these three numbers alone."""
-    key = np.array([seed, completion], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index])).random())
-
-
-def adjust(
-    logits: Row, params: SamplingParams, *, prompt: Ids, output: Ids, banned: tuple[int, ...] = (),
-) -> NDArray[np.float64]:
-    """Scores (V) after bias, bans and penalties."""
-    scores = logits.astype(np.float64)
-    if np.isnan(scores).any():
-        raise ValueError("the model's logits are not numbers (NaN)")
-    for token, bias in params.logit_bias.items():
-        scores[token] += bias
-    if banned:
-        scores[list(banned)] = -np.inf
-    if params.penalizes:
-        seen = np.unique(np.concatenate([prompt, output]))
-        values = scores[seen]
-        factor = params.repetition_penalty
-        with np.errstate(invalid="ignore", over="ignore"):
-            scores[seen] = np.where(values > 0, values / factor, values * factor)
-        tokens, counts = np.unique(output, return_counts=True)
-        scores[tokens] -= params.frequency_penalty * counts + params.presence_penalty
-    return scores
-
-
-def distribution(scores: NDArray[np.float64], params: SamplingParams) -> NDArray[np.float64]:
-    """Probabilities (V) to draw from, summing to 1, for temperature > 0."""
-    best = scores.max()
-    if not math.isfinite(best):
-        raise ValueError("no token has a finite logit")
-    with np.errstate(over="ignore"):
-        probs = np.exp((scores - best) / params.temperature)
-    probs /= probs.sum()
-    if params.min_p > 0:
-        probs[probs < params.min_p * probs.max()] = 0
-    if 0 < params.top_k < len(probs):
-        border = np.partition(probs, -params.top_k)[-params.top_k]
-        kept = probs > border
-        # Equal probabilities at the border: the smaller ids stay, so that exactly k do.
-        kept[np.flatnonzero(probs == border)[: params.top_k - np.count_nonzero(kept)]] = True
-        probs[~kept] = 0
-    if params.top_p < 1:
-        probs /= probs.sum()
-        # All below this together are less than 1 − p, so p is reached without any of them: a vocabulary need not be sorted.
-        probs[probs < (1 - params.top_p) / len(probs)] = 0
-        order = np.flatnonzero(probs)
-        order = order[np.argsort(-probs[order], kind="stable")]
-        before = np.cumsum(probs[order]) - probs[order]
-        # A token stays while those above it have not reached p: the first always does.
-        probs[order[1:][before[1:] >= params.top_p]] = 0
-    return probs / probs.sum()
-
-
-def token_logprob(logits: Row, token: int, k: int) -> TokenLogprob:
-    """`token`'s log probability and the k best, from raw logits (V)."""
-    values = logits.astype(np.float64)
-    peak = values.max()
-    values -= peak + math.log(np.exp(values - peak).sum())
-    best = np.argpartition(-values, k - 1)[:k] if 0 < k < len(values) else np.arange(len(values) if k else 0)
-    best = best[np.lexsort((best, -values[best]))]
-    return TokenLogprob(
-        token_id=token, logprob=float(values[token]), rank=int((values > values[token]).sum()) + 1,
-        top=tuple((int(i), float(values[i])) for i in best),
-    )
 
 
 def _int(name: str, value: Any, low: int, high: int, *, optional: bool = False) -> None:

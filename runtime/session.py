@@ -218,14 +218,14 @@ class Sequence:
         deadline: seconds from now; what has not ended then ends with finish_reason "error".
         """
         with self._held():
-            generation = self._model.begin_generation(self._state, self._params(params), deadline)
+            generation = self._model.begin_generation(self._state, self._params(params), deadline, streamed=False)
             self._model.engine.run(generation.requests, lambda: generation.done)
             return generation.result()
 
     def stream(self, params: SamplingParams | None = None, *, deadline: float | None = None) -> PieceStream:
         """Like `generate`, piece by piece. Until the stream has ended or is closed, the sequence can do nothing else."""
         with self._held():
-            generation = self._model.begin_generation(self._state, self._params(params), deadline)
+            generation = self._model.begin_generation(self._state, self._params(params), deadline, streamed=True)
             stream = PieceStream(self._model.engine, generation, owner=self)
             self._stream = weakref.ref(stream)
             return stream

@@ -22,9 +22,9 @@ class Detokenizer:
         self._ids = list(context[-_CONTEXT:])       # a window: what has been given out long ago is dropped
         self._given = len(_settled(tokenizer.decode(self._ids)))    # characters of the window's text that are given out, or the context's
 
-    def feed(self, token: int) -> str:
-        """What `token` completes; "" while a character is incomplete."""
-        self._ids.append(token)
+    def feed(self, *tokens: int) -> str:
+        """What `tokens` complete; "" while a character is incomplete."""
+        self._ids += tokens
         text = self._tokenizer.decode(self._ids)
         new = self._give(_settled(text))
         if len(self._ids) > 4 * _CONTEXT:
@@ -90,9 +90,9 @@ class TextStream:
     def stopped(self) -> bool:
         return self._stops.stopped
 
-    def feed(self, token: int, *, stops: bool = True) -> str:
+    def feed(self, *tokens: int, stops: bool = True) -> str:
         """Text to give out. `stops` False lets stop strings pass."""
-        text = self._detokenizer.feed(token)
+        text = self._detokenizer.feed(*tokens)
         return self._stops.feed(text) if stops else text
 
     def finish(self) -> str:

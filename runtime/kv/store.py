@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...custom_ops.contract import CACHE_FORMATS
+from ...custom_ops.native import CopyBlocks
 from ...models.spec import ModelSpec
 from .tables import Copy
 
@@ -37,7 +38,8 @@ class BlockStore:
             self.keys.append(_aligned_zeros(cache.key_shape(num_blocks, layer.kv_heads, layer.head_size, block_size), dtype))
             self.values.append(_aligned_zeros(cache.value_shape(num_blocks, layer.kv_heads, layer.value_size, block_size), dtype))
         self._group_of = [layer.group for layer in spec.cache_layers]
-        self._layers_of = [[i for i, layer in enumerate(spec.cache_layers) if layer.group == g] for g in range(len(spec.cache_groups))]
+        groups = range(len(spec.cache_groups))
+        self._copy = [CopyBlocks([array for group, array in self._arrays() if group == g]) for g in groups]
 
     @property
     def nbytes(self) -> int:
@@ -69,9 +71,8 @@ class BlockStore:
             yield group, key
             yield group, value
 
-    def copy(self, copies: Iterable[Copy]) -> None:
-        """Whole blocks, over all layers of their group."""
-        for copy in copies:
-            for layer in self._layers_of[copy.group]:
-                self.keys[layer][copy.target] = self.keys[layer][copy.source]
-                self.values[layer][copy.target] = self.values[layer][copy.source]
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Whole blocks, over all layers of their group; in order."""
+        for group in {copy.group for copy in copies}:
+            chosen = [copy for copy in copies if copy.group == group]
+            self._copy[group]([copy.source for copy in chosen], [copy.target for copy in chosen])

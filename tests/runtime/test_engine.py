@@ -376,23 +376,24 @@ def test_an_interrupt_leaves_nothing_running(paged, monkeypatch, alone):
     np.testing.assert_array_equal(sequence.append(PROMPTS[2][40:], rows="all"), alone[2][0][40:])
 
 
-def test_an_interrupt_between_execute_and_emit_loses_nobody_elses_token(paged, monkeypatch, alone):
+@pytest.mark.parametrize("place", ["accept", "take"])
+def test_an_interrupt_between_execute_and_emit_loses_nobody_elses_token(paged, monkeypatch, alone, place):
     """A thread that steps for another, and is interrupted before it hands the other's row out."""
     from octavo.runtime.request import GenerateRequest
 
     mine, other = paged.stream(PROMPTS[0], GREEDY), paged.stream(PROMPTS[1], GREEDY)
     tokens = [*next(other).token_ids]
-    accept = GenerateRequest.accept
+    untouched = getattr(GenerateRequest, place)
 
-    def interrupted(self, part, rows):
+    def interrupted(self, *_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(GenerateRequest, "accept", interrupted)
+        patch.setattr(GenerateRequest, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             for _ in mine:
                 pass
-    assert GenerateRequest.accept is accept
+    assert getattr(GenerateRequest, place) is untouched
     tokens += [token for piece in other for token in piece.token_ids]
     assert tuple(tokens) == alone[1][1]
 

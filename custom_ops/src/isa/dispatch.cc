@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "native/export.h"
+
 #ifdef OCTAVO_X86_64
 #include <cpuid.h>
 #endif
@@ -107,8 +109,6 @@ Status active_kernels(const Kernels** out) {
 }
 
 }  // namespace octavo
-
-#define OCTAVO_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The name of the instruction set in use; where OCTAVO_ISA can't be met, nullptr.
 OCTAVO_EXPORT const char* octavo_active_isa() {

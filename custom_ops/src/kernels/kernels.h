@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/quant.h"
+#include "kernels/sample.h"
 #include "kv/block_view.h"
 
 namespace octavo {
@@ -56,6 +57,7 @@ struct CacheKernels {
 struct Kernels {
   const char* name;
   const QuantKernels* quant;
+  const SampleKernels* sample;
   const CacheKernels* cache[kCacheTypes];
   // state = state merged with the state of the next chunk.
   void (*merge)(int rows, int E, const Softmax& state, const Softmax& chunk);

@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/attend-inl.h"
 #include "kernels/rows-inl.h"
+#include "kernels/sample-inl.h"
 #include "kernels/softmax-inl.h"
 
 namespace octavo::OCTAVO_TARGET {
@@ -11,7 +12,7 @@ inline constexpr CacheKernels float_cache = {attend_chunk<float>, nullptr, appen
 inline constexpr CacheKernels half_cache = {attend_chunk<Half>, nullptr, append_key<Half>, append_value<Half>};
 
 constexpr Kernels table(const char* name, const QuantKernels* quant, const CacheKernels* int8_cache) {
-  return {name, quant, {&float_cache, &half_cache, int8_cache}, merge, finish, rotate, normalize};
+  return {name, quant, &sample_kernels, {&float_cache, &half_cache, int8_cache}, merge, finish, rotate, normalize};
 }
 
 }  // namespace octavo::OCTAVO_TARGET

@@ -67,6 +67,7 @@ OCTAVO_INLINE Vec scale_by_power(Vec x, Vec t) { return mul(x, {power(t.a), powe
 OCTAVO_INLINE Mask less(Vec x, Vec y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)}; }
 OCTAVO_INLINE Mask equal(Vec x, Vec y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ)}; }
 OCTAVO_INLINE Mask both(Mask x, Mask y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
+OCTAVO_INLINE unsigned bits(Mask x) { return static_cast<unsigned>(_mm256_movemask_ps(x.a) | _mm256_movemask_ps(x.b) << 8); }
 OCTAVO_INLINE bool any(Mask x) { return _mm256_movemask_ps(_mm256_or_ps(x.a, x.b)) != 0; }
 OCTAVO_INLINE __m256 lanes8(int lo, int hi) {
   return _mm256_castsi256_ps(_mm256_andnot_si256(below(lo), below(hi)));

@@ -46,6 +46,7 @@ OCTAVO_INLINE Vec scale_by_power(Vec x, Vec t) {
 OCTAVO_INLINE Mask less(Vec x, Vec y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
 OCTAVO_INLINE Mask equal(Vec x, Vec y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
 OCTAVO_INLINE Mask both(Mask x, Mask y) { return x & y; }
+OCTAVO_INLINE unsigned bits(Mask x) { return x; }
 OCTAVO_INLINE bool any(Mask x) { return x != 0; }
 OCTAVO_INLINE Mask lanes(int lo, int hi) { return static_cast<Mask>(below(hi) & ~below(lo)); }
 OCTAVO_INLINE Mask nonzero(const std::uint8_t* p, int n) {

@@ -90,6 +90,8 @@ OCTAVO_INLINE Vec scale_by_power(Vec a, Vec t) {
 OCTAVO_INLINE Mask less(Vec a, Vec b) { Mask m; OCTAVO_EACH m.x[i] = a.x[i] < b.x[i]; return m; }
 OCTAVO_INLINE Mask equal(Vec a, Vec b) { Mask m; OCTAVO_EACH m.x[i] = a.x[i] == b.x[i]; return m; }
 OCTAVO_INLINE Mask both(Mask a, Mask b) { OCTAVO_EACH a.x[i] = a.x[i] && b.x[i]; return a; }
+// Bit i is lane i.
+OCTAVO_INLINE unsigned bits(Mask a) { unsigned r = 0; OCTAVO_EACH r |= static_cast<unsigned>(a.x[i]) << i; return r; }
 OCTAVO_INLINE bool any(Mask a) { bool r = false; OCTAVO_EACH r = r || a.x[i]; return r; }
 // Lanes [lo, hi); either may lie outside of [0, kLanes].
 OCTAVO_INLINE Mask lanes(int lo, int hi) { Mask m; OCTAVO_EACH m.x[i] = lo <= i && i < hi; return m; }
