@@ -107,7 +107,7 @@ class Engine:
         for at, request in enumerate(requests):
             if not request.preemptable and not self._scheduler.make_room(request, len(request.sequence.tokens)):
                 for earlier in requests[:at]:
-                    self.executor.unreserve(earlier.sequence)
+                    self._undo(earlier)     # it may have adopted a prefix already
                 for other in requests:
                     self.rest(other.sequence)
                 raise self._no_room(request)
@@ -279,11 +279,17 @@ class Engine:
         if isinstance(request, GenerateRequest) and request.generation.owns_sequence:
             self.close(request.sequence)
             return
+        if undo:
+            self._undo(request)
+        else:
+            self.executor.unreserve(request.sequence)
+        self.rest(request.sequence)
+
+    def _undo(self, request: Request) -> None:
         self.executor.unreserve(request.sequence)
-        if undo and isinstance(request, AppendRequest):
+        if isinstance(request, AppendRequest):
             self.executor.truncate(request.sequence, request.length_before)
             del request.sequence.tokens[request.length_before :]
-        self.rest(request.sequence)
 
     def _record(self, error: OctavoError, plan: StepPlan) -> None:
         self.counters.update(failed_steps=1)

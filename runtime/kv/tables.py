@@ -119,23 +119,38 @@ class BlockTables:
         return -(-length // self.block_size)
 
     def need(self, blocks: SequenceBlocks, start: int, stop: int) -> list[int]:
-        """Per group, blocks that writing positions [start, stop) takes: new ones at the end, and a copy of each shared one."""
+        """Per group, blocks that writing positions [start, stop) takes: new ones at the end, and a copy of each that is shared or kept.
+
+        A kept one that has no other holder now may have one before it is written, so that its copy has to be promised too.
+        """
         first, last = start // self.block_size, self.count(stop)
         return [
-            max(0, last - len(table)) + sum(pool.is_shared(block) for block in table[first:last])
+            max(0, last - len(table)) + sum(pool.is_shared(block) or pool.is_kept(block) for block in table[first:last])
             for pool, table in zip(self.pools, blocks.tables)
         ]
 
     def reserve(self, blocks: SequenceBlocks, start: int, stop: int) -> bool:
         """Promises what writing positions [start, stop) takes, in place of what was promised before. All groups or none (False)."""
         self.unreserve(blocks)
-        wanted = self.need(blocks, start, stop)
-        if not all(pool.can_reserve(count) for pool, count in zip(self.pools, wanted)):
-            return False
+        if not self._fits(wanted := self.need(blocks, start, stop)):
+            self._forget(blocks, start, stop)
+            if not self._fits(wanted := self.need(blocks, start, stop)):
+                return False
         for group, count in enumerate(wanted):
             self.pools[group].reserve(count)
             blocks.reserved[group] = count
         return True
+
+    def _fits(self, wanted: Sequence[int]) -> bool:
+        return all(pool.can_reserve(count) for pool, count in zip(self.pools, wanted))
+
+    def _forget(self, blocks: SequenceBlocks, start: int, stop: int) -> None:
+        """What is only kept, in the way of positions [start, stop), gives way where there is no room for copies."""
+        for group, (pool, table) in enumerate(zip(self.pools, blocks.tables)):
+            for block in table[start // self.block_size : self.count(stop)]:
+                if pool.is_kept(block) and not pool.is_shared(block):
+                    pool.forget(block)
+                    self._evicted(group, block)
 
     def unreserve(self, blocks: SequenceBlocks) -> None:
         for group, count in enumerate(blocks.reserved):
@@ -146,13 +161,16 @@ class BlockTables:
         """Makes positions [start, stop) writable. Raises CapacityError and changes nothing where the pool has no blocks left."""
         extension = Extension(blocks)
         try:
+            if not any(blocks.reserved) and not self._fits(self.need(blocks, start, stop)):
+                self._forget(blocks, start, stop)
             for group, table in enumerate(blocks.tables):
                 for index in range(start // self.block_size, self.count(stop)):
                     assert index <= len(table), "positions before start are not mapped"
                     if index == len(table):
                         table.append(self._allocate(extension, group))
                         extension.appended.append(group)
-                    elif (target := self._copy_of(extension, group, table[index])) is not None:
+                    elif self.pools[group].is_shared(table[index]) or self.pools[group].is_kept(table[index]):
+                        target = self._allocate(extension, group)
                         extension.copies.append(Copy(group, table[index], target))
                         extension.replaced.append((group, index))
                         table[index] = target
@@ -208,18 +226,6 @@ class BlockTables:
         self.unreserve(blocks)
         self.truncate(blocks, 0)
         self._live.discard(blocks)
-
-    def _copy_of(self, extension: Extension, group: int, block: int) -> int | None:
-        """A block for a copy of one that is to be written and is somebody else's too. One that is only kept gives way where room lacks."""
-        pool = self.pools[group]
-        if pool.is_shared(block):
-            return self._allocate(extension, group)
-        if pool.is_kept(block):
-            if pool.num_available > 0:
-                return pool.allocate()
-            pool.forget(block)
-            self._evicted(group, block)
-        return None
 
     def _sees_all(self, table: list[int], window: int | None, length: int) -> bool:
         first = 0 if window is None else max(0, length - window + 1) // self.block_size
