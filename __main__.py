@@ -106,6 +106,7 @@ def compile_(
     tune: Annotated[bool, typer.Option("--tune", help="Measure optional rewrites here and leave out what is slower.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error (exit code 2).")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that shows both graphs side by side.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rewrite a graph to serve.
@@ -120,6 +121,10 @@ def compile_(
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with working(f"compiling {source}"):
         report = compile(source, out, options=options)
+    if html is not None:
+        from .compiler.diff.html import compile_page
+
+        html.write_text(compile_page(source, out, report), encoding="utf-8")
     print_result(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
     _warn_of_nothing(report)
 

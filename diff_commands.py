@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_FORMATS = ("text", "markdown", "json", "junit", "sarif", "github")
+_FORMATS = ("text", "markdown", "json", "junit", "sarif", "github", "html")
 
 
 @app.command(epilog="Example: octavo snapshot model.onnx -o model.graph.txt")
@@ -68,7 +68,7 @@ def diff(
         policy = Path(POLICY_FILE)
     found = run_diff(before, after, policy=None if no_policy else policy, numeric=numeric, update=update, force=force, seed=seed, progress=say)
     for name, path in files:
-        path.write_text(_rendered(found, name), encoding="utf-8")
+        path.write_text(_rendered(found, name, before, after), encoding="utf-8")
     if as_json or form == "json":
         print_result(True, found.to_json(), "")
     elif form == "text":
@@ -78,7 +78,7 @@ def diff(
 
         show(found, Console())
     else:
-        print(_rendered(found, form), end="")
+        print(_rendered(found, form, before, after), end="")
     raise typer.Exit(FINE if update else found.exit_code)
 
 
@@ -95,10 +95,15 @@ def _known(form: str) -> None:
         raise OptionError(f"there is no format {form!r}", hint=f"one of {', '.join(_FORMATS)}")
 
 
-def _rendered(found: GraphDiff, form: str) -> str:
+def _rendered(found: GraphDiff, form: str, before: Path, after: Path) -> str:
     from . import __version__
     from .compiler.diff.render_ci import to_github, to_junit, to_sarif
 
+    if form == "html":
+        from .compiler.diff.html import page
+        from .compiler.diff.source import read_snapshot
+
+        return page(found, read_snapshot(before), read_snapshot(after))
     if form == "json":
         import json
 

@@ -21,7 +21,7 @@ _CACHE = re.compile(r"past_key|past_value|^kv\.\d+\.|cache")
 def cost_of(snapshot: Snapshot) -> Cost:
     """The costs of a model's main graph; calls of functions count as nodes."""
     graph = snapshot.graph
-    made = _made_of_weights(graph)
+    made = made_of_weights(graph)
     tables = _table_rows(graph, made)
     weights = {tensor: tensor.nbytes for tensor in graph.tensors() if tensor.hashed}
     read = {tensor for index, node in enumerate(graph.nodes) if index not in tables for tensor in node.inputs if isinstance(tensor, Tensor)}
@@ -33,7 +33,7 @@ def cost_of(snapshot: Snapshot) -> Cost:
     )
 
 
-def _made_of_weights(graph: Graph) -> dict[int, int]:
+def made_of_weights(graph: Graph) -> dict[int, int]:
     """Nodes that compute with weights alone, and how many elements come out: as many as the largest weight has."""
     made: dict[int, int] = {}
     for index, node in enumerate(graph.nodes):

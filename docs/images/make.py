@@ -1,0 +1,67 @@
+"""Makes the pictures of docs/howto/diff.md: `python docs/images/make.py MODEL.onnx`, with SmolLM2 as `octavo import` writes it.
+
+Needs Chromium, which draws the page and, of the comment's markdown, a table.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import octavo
+from octavo.compiler.diff.html import compile_page
+
+HERE = Path(__file__).parent
+RULES = ["expect ai.octavo::PagedAttention == layers", "forbid Softmax", "max_growth weight_bytes 0", "max_new Gather 0"]
+STYLE = """body { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 900px; margin: 24px auto; color: #1f2328 }
+table { border-collapse: collapse; width: 100%; font-size: 13px }
+td { border: 1px solid #d0d7de; padding: 5px 10px; text-align: left; overflow-wrap: anywhere }
+code { background: #eff1f3; padding: 2px 4px; border-radius: 4px }"""
+
+
+def draw(page: Path, picture: Path, size: str) -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars",
+             f"--user-data-dir={profile}", f"--window-size={size}", "--virtual-time-budget=20000", f"--screenshot={picture}", page.as_uri()],
+            check=True, capture_output=True,
+        )
+
+
+def table(markdown: str) -> str:
+    """The few things of markdown that the comment uses."""
+    out = []
+    for line in markdown.splitlines():
+        if line.startswith("|---"):
+            continue
+        if line.startswith("|"):
+            cells = [re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(cell.strip(), quote=False)) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            out.append("<table><tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr></table>")
+        elif line.startswith("### "):
+            out.append(f"<h3>{html.escape(line[4:])}</h3>")
+        elif line.startswith("- "):
+            out.append(f"<li>{html.escape(line[2:])}</li>")
+        else:
+            out.append(line.replace("<details>", "<details open>") if line.startswith("<") else f"<p>{html.escape(line)}</p>" if line else "")
+    text = "\n".join(out).replace("</table>\n<table>", "\n")
+    return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{text.replace('&amp;lt;', '&lt;')}"
+
+
+def main(source: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        report = octavo.compile(source, folder / "compiled", options=octavo.CompileOptions(weights="stored", kv_cache="int8"))
+        (folder / "page.html").write_text(compile_page(source, folder / "compiled", report))
+        draw(folder / "page.html", HERE / "diff-page.png", "1600,1000")
+        (folder / "rules.toml").write_text(f"rules = {RULES!r}")
+        diff = octavo.diff(source, folder / "compiled", policy=folder / "rules.toml")
+        (folder / "comment.html").write_text(table(diff.to_markdown().replace(str(folder) + "/", "").replace(str(source.parent) + "/", "")))
+        draw(folder / "comment.html", HERE / "diff-comment.png", "960,1300")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
