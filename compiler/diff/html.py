@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -21,7 +20,6 @@ from .view import tone, view
 
 def page(diff: GraphDiff, before: Snapshot, after: Snapshot, report: CompileReport | None = None) -> str:
     """The page, complete. With a report it also tells the compile: stage by stage, refusals in red with what came nearest."""
-    diff = replace(diff, edits=tuple(sorted(diff.edits, key=lambda edit: (edit.kind in ("interface", "opset"), -edit.count))))
     data = {
         "summary": report.headline if report else headline(diff).removeprefix(f"{diff.before} → {diff.after}: "),
         "bad": not diff.ok or diff.moved or bool(report and report.refusals),

@@ -13,7 +13,9 @@ def compare_snapshots(before: Snapshot, after: Snapshot, names: tuple[str, str] 
     """What changed from one snapshot to the other. Equal snapshots give no edit, others at least one."""
     edits: list[Edit] = []
     if before != after:
-        edits = [*interface_edits(before, after), *graph_edits(before.graph, after.graph), *_functions(before, after)]
+        # What most layers have in common first, the edges of the model last.
+        edits = sorted([*graph_edits(before.graph, after.graph), *_functions(before, after)], key=lambda edit: -edit.count)
+        edits += interface_edits(before, after)
         # Nothing that differs may look equal, whatever the edits can tell.
         edits = edits or [Edit("rewired", "the graphs differ in a way that no edit tells")]
     return GraphDiff(*names, tuple(edits), cost_of(before), cost_of(after))

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 RULES = ["expect ai.octavo::PagedAttention == layers", "forbid Softmax", "max_growth weight_bytes 0", "max_new Gather 0"]
 STYLE = """body { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 900px; margin: 24px auto; color: #1f2328 }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
+td:first-child, td:nth-child(3) { white-space: nowrap }
 td { border: 1px solid #d0d7de; padding: 5px 10px; text-align: left; overflow-wrap: anywhere }
 code { background: #eff1f3; padding: 2px 4px; border-radius: 4px }"""
 
@@ -59,8 +60,12 @@ def main(source: Path) -> None:
         draw(folder / "page.html", HERE / "diff-page.png", "1600,1000")
         (folder / "rules.toml").write_text(f"rules = {RULES!r}")
         diff = octavo.diff(source, folder / "compiled", policy=folder / "rules.toml")
-        (folder / "comment.html").write_text(table(diff.to_markdown().replace(str(folder) + "/", "").replace(str(source.parent) + "/", "")))
-        draw(folder / "comment.html", HERE / "diff-comment.png", "960,1300")
+        text = diff.to_markdown().replace(str(folder) + "/", "").replace(str(source.parent) + "/", "")
+        # No font with these signs is needed then.
+        for sign, plain in (("✅", "✓"), ("❌", "✗"), ("🔵", "●"), ("🔴", "●")):
+            text = text.replace(sign, plain)
+        (folder / "comment.html").write_text(table(text))
+        draw(folder / "comment.html", HERE / "diff-comment.png", "960,1310")
 
 
 if __name__ == "__main__":
