@@ -280,7 +280,9 @@ def _visible(w: _Writer, batch: str, length: str, total: str) -> str:
         same = w.op("Equal", w.op("Unsqueeze", row, w.const([1])), w.op("Unsqueeze", row, w.const([2])))
         seen = w.op("And", seen, w.op("Unsqueeze", same, w.const([1])))
     if s.mask == "ids":
-        seen = w.op("And", seen, w.op("Not", w.op("Unsqueeze", w.op("Equal", "input_ids", w.const(3)), w.const([1, 3]))))
+        even = w.op("Unsqueeze", w.op("Equal", w.op("Mod", "input_ids", w.const(2)), w.const(0)), w.const([1, 3]))
+        first = w.op("And", w.op("Equal", keys, w.const(0)), w.op("Greater", queries, w.const(0)))
+        seen = w.op("And", seen, w.op("Not", w.op("And", even, first)))
     if s.padding:
         real = w.op("Unsqueeze", w.op("Cast", "attention_mask", to=TensorProto.BOOL), w.const([1, 2]))
         seen = w.op("And", seen, real)
@@ -350,7 +352,7 @@ def _slopes(w: _Writer, length: str, total: str) -> str:
         keys = w.op("Sub", keys, w.op("Sub", w.op("Squeeze", total), w.const(1)))
     far = w.op("Cast", keys, to=TensorProto.FLOAT)
     if s.slopes == "curved":
-        far = w.op("Min", far, w.f32(40))
+        far = w.op("Min", far, w.f32(20))
     bias = w.op("Mul", w.f32(alibi_slopes(s).reshape(1, s.H, 1, 1)), far)
     if s.slopes == "shifted":
         rows = w.op("Cast", w.op("Range", w.const(0), w.op("Squeeze", length), w.const(1)), to=TensorProto.FLOAT)

@@ -95,6 +95,33 @@ def test_a_wrongly_accepted_site_shows(sketch: Sketch, change: Callable[[Attenti
     assert error(sketch, change) > 10 * TOLERANCE
 
 
+NEAR_MISSES: dict[str, tuple[Sketch, Sketch]] = {
+    "a hole": (Sketch(hole=True), Sketch()),
+    "keys hidden by what their token is": (Sketch(mask="ids"), Sketch()),
+    "a window of one less": (Sketch(window=4), Sketch(window=5)),
+    "a window far beyond the first probes": (Sketch(window=30), Sketch()),
+    "a chunk of one more": (Sketch(chunk=9), Sketch(chunk=8)),
+    "a prefix": (Sketch(prefix=6, past=False, padding=False), Sketch(past=False, padding=False)),
+    "all keys": (Sketch(mask="none", past=False, padding=False), Sketch(past=False, padding=False)),
+    "slopes that change along the row": (Sketch(slopes="curved", factor=0.05), Sketch(slopes="keys", factor=0.05)),
+    "other heads": (Sketch(heads="permuted"), Sketch(heads="expand")),
+    "other heads' probabilities": (Sketch(shuffled=True), Sketch()),
+    "results emptied on some rows": (Sketch(empty="wrong"), Sketch()),
+    "angles by the longest position": (Sketch(rotary="ntk"), Sketch()),
+}
+
+
+@pytest.mark.parametrize(("miss", "taken"), NEAR_MISSES.values(), ids=NEAR_MISSES)
+def test_a_near_miss_taken_for_its_nearest_would_show(miss: Sketch, taken: Sketch) -> None:
+    """Each is refused, or has another meaning; and if a matcher took it for what it is nearest to, the comparison above would fail."""
+    observation, found = seen(*build(miss))
+    plan = plan_token_flat(observation, sites_of(found), max_context=MAX_CONTEXT) if sites_of(found) else None
+    right = sites_of(seen(*build(taken))[1])[0]
+    assert not isinstance(plan, TokenFlatPlan) or plan.sites[0].mask != right.mask
+    model, interface, wrong = planned(taken)
+    assert paged_error(Original(build(miss)[0], interface), Paged(model, wrong), VOCAB) > 10 * TOLERANCE
+
+
 def test_permuted_heads_would_show() -> None:
     """What the matcher refuses (head h reading h % G) is a different model indeed."""
     right, wrong = (Original(*build(Sketch(heads=heads))) for heads in ("expand", "permuted"))

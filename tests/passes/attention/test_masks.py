@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from drivers import seen
 from octavo.passes.attention import masks
+from octavo.passes.attention.chain import SCORES
 from octavo.passes.attention.laboratory import Laboratory
 from octavo.passes.attention.mask_candidates import Bidirectional, Causal, Chunked, Prefix, Window
 from octavo.passes.attention.mask_source import MaskSource
@@ -32,6 +33,16 @@ def test_windows_are_found(window: int, spelling: str, past: bool) -> None:
 
 def test_a_window_far_longer_than_the_first_probes_is_not_taken_for_causal() -> None:
     assert proved(Sketch(window=4096), max_context=8192) == Mask("window", 4096, key_padding=True)
+
+
+def test_a_window_of_4096_is_refused_by_who_knows_causal_masks_alone() -> None:
+    """With the one cell that tells them apart: the first key that the window hides, and no sooner."""
+    observation, _ = seen(*build(Sketch(window=4096)), 8192)
+    node = next(node for node in observation.model.graph if node.op_type == "Softmax")
+    chain = next(c for computed, c in Laboratory(observation).graph.walk(node.inputs[0], SCORES) if computed and computed[0].producer().op_type == "MatMul")
+    refusal = MaskProver(Laboratory(observation), 8192, (Causal(),)).prove(MaskSource(4, chain=chain), "here")
+    assert isinstance(refusal, Refusal)
+    assert "nearest is causal" in refusal.nearest and "key 0: expected visible, found hidden" in refusal.nearest
 
 
 def test_a_window_beyond_the_context_is_causal_within_it() -> None:
