@@ -22,7 +22,7 @@ constexpr PortDefinition kOutputs[] = {{"output", ort::kFloat, false}, {"sum", o
 // Below this many elements the rows are prepared before the threads are called: one join less, and about a microsecond of work.
 constexpr std::int64_t kAlone = 8192;
 // What one work item should be: enough weights to read, or products to add, that taking it from the queue does not show.
-constexpr std::int64_t kItemBytes = 24 * 1024, kItemProducts = 2 * 1024 * 1024;
+constexpr std::int64_t kItemBytes = 8 * 1024, kItemProducts = 1024 * 1024;
 
 class QuantLinear {
  public:
