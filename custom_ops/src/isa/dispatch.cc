@@ -5,8 +5,11 @@
 
 #include "native/export.h"
 
-#ifdef OCTAVO_X86_64
+#if defined(OCTAVO_X86_64)
 #include <cpuid.h>
+#elif defined(OCTAVO_AARCH64) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace octavo {
@@ -23,7 +26,7 @@ struct Isa {
 
 bool always() { return true; }
 
-#ifdef OCTAVO_X86_64
+#if defined(OCTAVO_X86_64)
 
 struct Features {
   bool avx2, avxvnni, avx512, avx512vnni;
@@ -72,6 +75,24 @@ constexpr Isa kIsas[] = {
     {&kernels_scalar, always},
 };
 
+#elif defined(OCTAVO_AARCH64)
+
+}  // namespace
+
+extern const Kernels kernels_neon;
+
+namespace {
+
+bool has_neon() {
+#ifdef __linux__
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every Apple M has dot products
+#endif
+}
+
+constexpr Isa kIsas[] = {{&kernels_neon, has_neon}, {&kernels_scalar, always}};
+
 #else
 
 constexpr Isa kIsas[] = {{&kernels_scalar, always}};
@@ -93,7 +114,7 @@ Choice choose() {
     if (meant && isa.available()) return {isa.kernels, Status::ok()};
   }
   if (known) return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s', which this processor or operating system does not have", asked)};
-  return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s'; this build knows scalar and, on x86-64, avx2, avxvnni, avx512, avx512bw and avx512vnni", asked)};
+  return {nullptr, Status::invalid("OCTAVO_ISA is '%.64s'; this build knows scalar; on x86-64 avx2, avxvnni, avx512, avx512bw and avx512vnni; on AArch64 neon", asked)};
 }
 
 const Choice& choice() {

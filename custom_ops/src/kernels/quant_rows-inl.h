@@ -50,14 +50,17 @@ struct Row {
   }
 };
 
-OCTAVO_INLINE float inverse_rms(const Row& row, int K, float epsilon) {
-  Vec squares = broadcast(0.0f);
+// Fills in `inverse`. The rows' sums run side by side: each is one chain of additions.
+OCTAVO_INLINE void find_inverses(Row* rows, int count, int K, float epsilon) {
+  Vec squares[kRowBlock];
+  for (int r = 0; r < count; ++r) squares[r] = broadcast(0.0f);
   for (int k = 0; k < K; k += kLanes) {
-    const Vec v = row.summed(k);
-    squares = fma(v, v, squares);
+    for (int r = 0; r < count; ++r) {
+      const Vec v = rows[r].summed(k);
+      squares[r] = fma(v, v, squares[r]);
+    }
   }
-  const float mean = sum(squares) / static_cast<float>(K);
-  return 1.0f / __builtin_sqrtf(mean + epsilon);
+  for (int r = 0; r < count; ++r) rows[r].inverse = 1.0f / __builtin_sqrtf(sum(squares[r]) / static_cast<float>(K) + epsilon);
 }
 
 // What the integer sum of a group starts from, so that Σ w·q comes out for the weights as they are meant:
@@ -72,15 +75,19 @@ OCTAVO_INLINE std::int32_t start_of(const PackedWeight& w, std::int32_t total) {
 }
 
 // Groups [g0, g0 + count), count ≤ kPanelGroups, of row r of a block.
-inline void quantize_panel(const PackedWeight& w, const Row& row, int g0, int count, int r, const Block& out) {
+// What the loops read is copied: for all that the compiler knows the bytes stored to q could change it.
+inline void quantize_panel(const PackedWeight& w, const Row& given, int g0, int count, int r, const Block& out) {
   constexpr int kWidest = 128;
+  const Row row = given;
+  const int group = w.group, R = out.R;
+  std::int8_t* const q = out.q + static_cast<std::int64_t>(g0) * group * R + 4 * r;
   alignas(64) float values[kPanelGroups * kWidest], scales[kPanelGroups], factors[kPanelGroups];
   alignas(64) std::int32_t largest[kPanelGroups] = {};
   for (int g = 0; g < count; ++g) {
     Ints magnitude = broadcast_int(0);
-    for (int k = 0; k < w.group; k += kLanes) {
-      const Vec v = row.at((g0 + g) * w.group + k);
-      store(values + g * w.group + k, v);
+    for (int k = 0; k < group; k += kLanes) {
+      const Vec v = row.at((g0 + g) * group + k);
+      store(values + g * group + k, v);
       magnitude = max_magnitude(magnitude, v);
     }
     largest[g] = max_lane(magnitude);
@@ -95,29 +102,26 @@ inline void quantize_panel(const PackedWeight& w, const Row& row, int g0, int co
     const Vec factor = broadcast(factors[g]);
     const bool nothing = factors[g] == 0.0f;
     Vec total = zero;
-    for (int k = 0; k < w.group; k += kLanes) {
-      const Vec whole = nothing ? zero : sub(add(mul(load(values + g * w.group + k), factor), shift), shift);
+    for (int k = 0; k < group; k += kLanes) {
+      const Vec whole = nothing ? zero : sub(add(mul(load(values + g * group + k), factor), shift), shift);
       total = add(total, whole);
       alignas(16) std::int8_t bytes[kLanes];
       store_int8(bytes, whole);
-      std::int8_t* to = out.q + ((static_cast<std::int64_t>(g0 + g) * w.group + k) * out.R + 4 * r);
-      for (int quad = 0; quad < kLanes / 4; ++quad) __builtin_memcpy(to + quad * 4 * out.R, bytes + 4 * quad, 4);
+      std::int8_t* to = q + (g * group + k) * R;
+      for (int quad = 0; quad < kLanes / 4; ++quad) __builtin_memcpy(to + quad * 4 * R, bytes + 4 * quad, 4);
     }
     const float q_sum = sum(total);  // whole numbers below 2^24: exact in any order
-    const int at = (g0 + g) * out.R + r;
+    const int at = (g0 + g) * R + r;
     out.start[at] = start_of(w, static_cast<std::int32_t>(q_sum));
     out.scale[at] = scales[g];
     out.sum[at] = q_sum * scales[g];
   }
 }
 
-inline void prepare_row(const PackedWeight& w, const Prologue& p, std::int64_t n, int r, const Block& out) {
-  const std::int64_t at = n * w.K;
-  Row row{p.x + at, p.skip != nullptr ? p.skip + at : nullptr, p.norm_weight, 0.0f};
-  if (p.sum != nullptr) {
-    for (int k = 0; k < w.K; k += kLanes) store(p.sum + at + k, row.summed(k));
+inline void prepare_row(const PackedWeight& w, const Row& row, float* total, int r, const Block& out) {
+  if (total != nullptr) {
+    for (int k = 0; k < w.K; k += kLanes) store(total + k, row.summed(k));
   }
-  if (p.norm_weight != nullptr) row.inverse = inverse_rms(row, w.K, p.epsilon);
   if (out.x != nullptr) {
     alignas(64) float lanes[kLanes];
     for (int k = 0; k < w.K; k += kLanes) {
@@ -132,7 +136,13 @@ inline void prepare_row(const PackedWeight& w, const Prologue& p, std::int64_t n
 
 inline void prepare(const PackedWeight& w, const Prologue& p, std::int64_t row0, int rows, const Prepared& prepared) {
   const Block block = block_at(w, prepared, row0, rows);
-  for (int r = 0; r < rows; ++r) prepare_row(w, p, row0 + r, r, block);
+  Row row[kRowBlock];
+  for (int r = 0; r < rows; ++r) {
+    const std::int64_t at = (row0 + r) * w.K;
+    row[r] = {p.x + at, p.skip != nullptr ? p.skip + at : nullptr, p.norm_weight, 0.0f};
+  }
+  if (p.norm_weight != nullptr) find_inverses(row, rows, w.K, p.epsilon);
+  for (int r = 0; r < rows; ++r) prepare_row(w, row[r], p.sum != nullptr ? p.sum + (row0 + r) * w.K : nullptr, r, block);
 }
 
 }  // namespace octavo::OCTAVO_QUANT_TARGET
