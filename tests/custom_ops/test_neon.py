@@ -84,7 +84,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [CMAKE, "--build", str(library), "--parallel", "2"],
         [COMPILER, "-std=c++20", "-O1", "-Wall", "-Werror", f"-I{SOURCES}", str(host), "-o", str(folder / "host"), "-ldl"],
     ):
-        done = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout + done.stderr
     shutil.copy(library / "custom_ops" / "liboctavo_ops.so", folder)
     (folder / "cases").write_bytes(b"".join(_cases()))

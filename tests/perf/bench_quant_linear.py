@@ -1,20 +1,22 @@
-"""QuantLinear on the shapes of SmolLM2-135M beside what the machine can read: prints, asserts nothing about time.
+"""QuantLinear on the linears of whole models, beside what the machine can give (roofline.cc): prints, asserts nothing about time.
 
-    python tests/perf/bench_quant_linear.py [--rows 1,2,4,8,16,32,512] [--threads 1,2] [--group 32] [--bits 4] [--zero none] [--shapes qkv,head]
+    python tests/perf/bench_quant_linear.py [--model smollm2] [--rows 1,2,4,8,16,32,512] [--threads 1,2] [--formats 4:32:none,8:32:none] [--by-shape]
 
-Each figure is the best of a few runs of a graph of many nodes, each with a weight of its own: as many bytes as the whole model, so that weights come
-from where they come from in a model. GB/s counts packed weight bytes; `read` is the bandwidth of reading as many bytes with memchr on as many
-threads; Gop/s counts a multiply-add as two. `all` is the sum over 30 layers and the head.
+A format is bits:group:zero point. A configuration runs one graph a shape, of many nodes with weights of their own: as many bytes as the model has (300 MB at
+most), so that they come from where they come from in a model. Rounds go over all configurations in turn, and the shortest time of each shape
+counts; the time of a token is the sum over the model's nodes. GB/s counts packed weight bytes, `of read` is its share of the bandwidth of a plain
+read of as many bytes on as many threads; Gop/s counts a multiply-add as two, `of peak` is its share of byte products without memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -23,8 +25,7 @@ from octavo.custom_ops.contract import DOMAIN, OPSET, WeightFormat
 from octavo.custom_ops.packing import QuantizedWeight, pack
 from onnx import TensorProto, helper
 
-_MEMCHR = ctypes.CDLL(None).memchr
-_MEMCHR.restype, _MEMCHR.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+_MOST_BYTES = 3e8
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,24 @@ class Shape:
 
     def copies(self, nbytes: int, total: int, rows: int) -> int:
         """Nodes of one graph: `total` bytes of weights, or fewer where many rows make the arithmetic long anyway."""
-        return max(1, round((total if rows <= 32 else 2e6) / nbytes))
+        return max(1, round((min(total, _MOST_BYTES) if rows <= 32 else 2e6) / nbytes))
 
 
-SHAPES = (
-    Shape("qkv", 576, 960, 0, 30),
-    Shape("out", 576, 576, 0, 30),
-    Shape("gate_up", 576, 1536, 1, 30),
-    Shape("down", 1536, 576, 0, 30),
-    Shape("head", 576, 49152, 0, 1),
-)
+def _llama(layers: int, hidden: int, kv: int, ffn: int, vocabulary: int) -> tuple[Shape, ...]:
+    return (
+        Shape("qkv", hidden, hidden + 2 * kv, 0, layers),
+        Shape("out", hidden, hidden, 0, layers),
+        Shape("gate_up", hidden, ffn, 1, layers),
+        Shape("down", ffn, hidden, 0, layers),
+        Shape("head", hidden, vocabulary, 0, 1),
+    )
+
+
+MODELS = {
+    "smollm2": _llama(30, 576, 192, 1536, 49152),
+    "0.5b": _llama(24, 896, 128, 4864, 151936),
+    "1b": _llama(16, 2048, 512, 8192, 128256),
+}
 
 
 def best_time(run: Callable[[], object], seconds: float) -> float:
@@ -60,35 +69,45 @@ def best_time(run: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def read_bandwidth(nbytes: int, threads: int, seconds: float) -> float:
-    """Bytes a second of reading `nbytes` that no write touched since the last pass."""
-    data = np.ones(nbytes, np.uint8)
-    part = nbytes // threads
-    starts = [data.ctypes.data + i * part for i in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        return part * threads / best_time(lambda: list(pool.map(lambda at: _MEMCHR(at, 0, part), starts)), seconds)
+def limits(megabytes: int) -> dict[tuple[str, int], float]:
+    """("read", threads) in GB/s over so many megabytes, and ("dot", threads) in Gop/s."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/roofline"
+        source = str(Path(__file__).with_name("roofline.cc"))
+        subprocess.run(["c++", "-O3", "-march=native", "-pthread", source, "-o", program], check=True)
+        lines = subprocess.run([program, str(megabytes)], check=True, capture_output=True, text=True).stdout.split("\n")
+    words = [line.split() for line in lines if line]
+    return {(w[0], int(w[-2])): float(w[-1]) for w in words}
 
 
-def weight_of(shape: Shape, args: argparse.Namespace) -> tuple[np.ndarray, WeightFormat]:
+@dataclass(frozen=True)
+class Format:
+    bits: int
+    group: int
+    zero: str
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, g{self.group}" + ("" if self.zero == "none" else f", {self.zero} zero")
+
+
+def weight_of(shape: Shape, fmt: Format) -> tuple[np.ndarray, WeightFormat]:
     rng = np.random.default_rng(0)
-    N, G = shape.M * (2 if shape.gate else 1), shape.K // args.group
+    N, G = shape.M * (2 if shape.gate else 1), shape.K // fmt.group
     weight = QuantizedWeight(
-        rng.integers(0, 1 << args.bits, (N, shape.K), dtype=np.uint8),
+        rng.integers(0, 1 << fmt.bits, (N, shape.K), dtype=np.uint8),
         (rng.random((N, G)) * 0.01).astype(np.float16),
-        args.bits,
-        args.group,
-        rng.integers(0, 1 << args.bits, (N, G), dtype=np.uint8) if args.zero == "uint8" else None,
-        rng.random((N, G)).astype(np.float16) if args.zero == "float" else None,
+        fmt.bits,
+        fmt.group,
+        rng.integers(0, 1 << fmt.bits, (N, G), dtype=np.uint8) if fmt.zero == "uint8" else None,
+        rng.random((N, G)).astype(np.float16) if fmt.zero == "float" else None,
     )
     return pack(weight, gated=bool(shape.gate)), weight.format(gated=bool(shape.gate))
 
 
-def run_of(
-    shape: Shape, packed: np.ndarray, fmt: WeightFormat, total: int, rows: int, threads: int, args: argparse.Namespace
-) -> tuple[Callable[[], object], int]:
+def run_of(shape: Shape, packed: np.ndarray, fmt: WeightFormat, total: int, rows: int, threads: int, activation_bits: int) -> tuple[Callable[[], object], int]:
     """A call that runs all copies once, and their number."""
     copies = shape.copies(fmt.nbytes, total, rows)
-    attributes = {**fmt.attributes(), "gate": shape.gate, "activation_bits": args.activation_bits}
+    attributes = {**fmt.attributes(), "gate": shape.gate, "activation_bits": activation_bits}
     nodes = [helper.make_node("QuantLinear", ["x", f"w{i}"], [f"y{i}"], domain=DOMAIN, **attributes) for i in range(copies)]
     graph = helper.make_graph(
         nodes,
@@ -114,32 +133,44 @@ def run_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2", choices=MODELS)
     parser.add_argument("--rows", default="1,2,4,8,16,32,512")
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--shapes", default=",".join(s.name for s in SHAPES))
-    parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--zero", default="none", choices=("none", "uint8", "float"))
+    parser.add_argument("--formats", default="4:32:none")
     parser.add_argument("--activation-bits", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=0.3, help="how long each figure is measured")
+    parser.add_argument("--seconds", type=float, default=0.1, help="how long each shape is measured in a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--by-shape", action="store_true")
     args = parser.parse_args()
-    shapes = [s for s in SHAPES if s.name in args.shapes.split(",")]
-    weights = {s.name: weight_of(s, args) for s in shapes}
-    total = sum(weights[s.name][1].nbytes * s.per_token for s in shapes)
-    print(f"{custom_ops.active_isa()}, {args.bits} bits, groups of {args.group}, zero point {args.zero}, {total / 1e6:.0f} MB of weights a token")
-    for threads in map(int, args.threads.split(",")):
-        print(f"\n{threads} thread(s), read {read_bandwidth(total, threads, args.seconds) / 1e9:.1f} GB/s over {total / 1e6:.0f} MB")
-        for rows in map(int, args.rows.split(",")):
-            token = 0.0
-            for shape in shapes:
-                packed, fmt = weights[shape.name]
-                run, copies = run_of(shape, packed, fmt, total, rows, threads, args)
-                seconds = best_time(run, args.seconds) / copies
-                token += seconds * shape.per_token
-                operations = 2.0 * rows * shape.K * fmt.outputs
-                rates = f"{fmt.nbytes / seconds / 1e9:7.1f} GB/s {operations / seconds / 1e9:7.0f} Gop/s"
-                print(f"  rows {rows:4d} {shape.name:8s} {seconds * 1e6:9.1f} µs {rates}")
-            print(f"  rows {rows:4d} all      {token * 1e6:9.1f} µs {total / token / 1e9:7.1f} GB/s  {rows / token:9.0f} tokens/s")
+    shapes, rows_of, threads_of = MODELS[args.model], [*map(int, args.rows.split(","))], [*map(int, args.threads.split(","))]
+    formats = [Format(int(bits), int(group), zero) for bits, group, zero in (f.split(":") for f in args.formats.split(","))]
+    print(f"{custom_ops.active_isa()}, {args.model}, activations of {args.activation_bits} bits")
+    print("| weights | threads | rows | tokens/s | GB/s | of read | Gop/s | of peak |\n|---|---|---|---|---|---|---|---|")
+    for form in formats:
+        weights = {s.name: weight_of(s, form) for s in shapes}
+        total = sum(weights[s.name][1].nbytes * s.per_token for s in shapes)
+        operations = sum(2.0 * s.K * weights[s.name][1].outputs * s.per_token for s in shapes)
+        best: dict[tuple[int, int, str], float] = {}
+        reached: dict[tuple[str, int], float] = {}
+        for _ in range(args.rounds):
+            for limit, value in limits(round(total / 1e6)).items():
+                reached[limit] = max(value, reached.get(limit, 0.0))
+            for threads in threads_of:
+                for rows in rows_of:
+                    for shape in shapes:
+                        run, copies = run_of(shape, *weights[shape.name], total, rows, threads, args.activation_bits)
+                        key = (threads, rows, shape.name)
+                        best[key] = min(best_time(run, args.seconds) / copies, best.get(key, float("inf")))
+        for threads in threads_of:
+            for rows in rows_of:
+                token = sum(best[threads, rows, s.name] * s.per_token for s in shapes)
+                read, dots = total / token / 1e9, rows * operations / token / 1e9
+                of_read, of_peak = read / reached["read", threads], dots / reached["dot", threads]
+                print(f"| {form} ({total / 1e6:.0f} MB) | {threads} | {rows} | {rows / token:.0f} | {read:.1f} | {of_read:.0%} | {dots:.0f} | {of_peak:.0%} |")
+                for shape in shapes if args.by_shape else ():
+                    seconds, fmt = best[threads, rows, shape.name], weights[shape.name][1]
+                    rate = 2e-9 * rows * shape.K * fmt.outputs / seconds
+                    print(f"    {shape.name:8s} {seconds * 1e6:9.1f} µs {fmt.nbytes / seconds / 1e9:7.1f} GB/s {rate:7.0f} Gop/s")
 
 
 if __name__ == "__main__":
