@@ -8,7 +8,7 @@ first layer where they are first read; it is moved in front of it, and the first
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,6 +20,8 @@ from .graph import Given, Graph, Node, Produced, Ref, Tensor
 _SHORTEST, _LEAST_SAVED = 3, 8
 # Places in a period at which a body may begin are tried from the narrowest cut on.
 _TRIES = 48
+# So many repeats of a graph are looked for, of bodies up to so many nodes: what a graph made to be slow gets.
+_MOST_REPEATS, _LONGEST = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,16 @@ def fold(graph: Graph) -> tuple[Item, ...]:
     """The graph's nodes as they are told: one by one or as repeats, each after what it reads."""
     if len(graph.nodes) < _SHORTEST * 2:
         return tuple(range(len(graph.nodes)))
-    return tuple(_fold(_Looks(graph), tuple(range(len(graph.nodes)))))
+    return tuple(_fold(_Looks(graph), tuple(range(len(graph.nodes))), iter(range(_MOST_REPEATS))))
 
 
-def _fold(looks: _Looks, order: Sequence[int]) -> list[Item]:
-    run = _longest_run(looks.ids[list(order)]) if len(order) >= _SHORTEST * 2 else None
+def _fold(looks: _Looks, order: Sequence[int], budget: Iterator[int]) -> list[Item]:
+    run = _longest_run(looks.ids[list(order)]) if len(order) >= _SHORTEST * 2 and next(budget, None) is not None else None
     found = _place(looks, order, *run) if run else None
     if found is None:
         return list(order)
     before, repeat, after = found
-    return [*_fold(looks, before), repeat, *_fold(looks, after)]
+    return [*_fold(looks, before, budget), repeat, *_fold(looks, after, budget)]
 
 
 class _Looks:
@@ -99,7 +101,7 @@ class _Looks:
 def _longest_run(ids: np.ndarray) -> tuple[int, int, int] | None:
     """(start, end, period) of the run that saves most lines; None where nothing repeats."""
     best, found = _LEAST_SAVED - 1, None
-    for period in range(_SHORTEST, len(ids) // 2 + 1):
+    for period in range(_SHORTEST, min(len(ids) // 2, _LONGEST) + 1):
         if len(ids) - period <= best:
             break
         edges = np.flatnonzero(np.concatenate(([True], ids[:-period] != ids[period:], [True])))
@@ -113,11 +115,13 @@ def _longest_run(ids: np.ndarray) -> tuple[int, int, int] | None:
 
 def _place(looks: _Looks, order: Sequence[int], start: int, end: int, period: int) -> tuple[list[int], Repeat, list[int]] | None:
     """The best place of the bodies in a run: (what stands before, the repeat, what stands after)."""
-    best = None
-    for at in _starts(looks.graph, order, start, end, period)[:_TRIES]:
+    best, narrowest = None, None
+    for crossing, at in _starts(looks.graph, order, start, end, period)[:_TRIES]:
         count = (end - at) // period
         if count < 2:
             continue
+        if best is not None and crossing != narrowest:
+            break
         rows = [tuple(order[at + k * period : at + (k + 1) * period]) for k in range(count)]
         sources = _sources(looks.graph, rows)
         if sources is None:
@@ -134,23 +138,25 @@ def _place(looks: _Looks, order: Sequence[int], start: int, end: int, period: in
         carried = len({(s.offset, s.output) for row in sources for s in row if isinstance(s, Carried)})
         rank = (-len(rows), carried, at)
         if best is None or rank < best[0]:
-            best = rank, (before, Repeat(tuple(rows), tuple(sources)), after)
+            best, narrowest = (rank, (before, Repeat(tuple(rows), tuple(sources)), after)), crossing
     return best[1] if best else None
 
 
-def _starts(graph: Graph, order: Sequence[int], start: int, end: int, period: int) -> list[int]:
-    """Where a body could begin, the places first at which fewest values cross into the next body."""
+def _starts(graph: Graph, order: Sequence[int], start: int, end: int, period: int) -> list[tuple[int, int]]:
+    """(values that cross into the next body, where a body could begin), the narrowest places first."""
     place = {node: i for i, node in enumerate(order)}
     last: dict[Produced, int] = {}
     for i, node in enumerate(order):
         for ref in graph.nodes[node].inputs:
             if isinstance(ref, Produced):
                 last[ref] = i
-    crossing = {}
+    made = np.array([place.get(ref.node, -1) for ref in last], np.int64)
+    read = np.array(list(last.values()), np.int64)
+    found = []
     for at in range(start, min(start + period, end - 2 * period + 1)):
         cut = at + period
-        crossing[at] = sum(1 for ref, i in last.items() if i >= cut and at <= place.get(ref.node, -1) < cut)
-    return sorted(crossing, key=lambda at: (crossing[at], at))
+        found.append((int(np.count_nonzero((made >= at) & (made < cut) & (read >= cut))), at))
+    return sorted(found)
 
 
 def _sources(graph: Graph, rows: Sequence[tuple[int, ...]]) -> list[tuple[Source, ...]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,8 @@ import time
 import numpy as np
 import onnx
 import pytest
-from octavo.compiler.diff.hashing import Hasher, digest_of
+from octavo.compiler.diff.hashing import CHUNK, Hasher, digest_of
+from octavo.compiler.diff.parse import parse
 from octavo.compiler.diff.source import read_snapshot
 from octavo.compiler.diff.write import write
 from octavo.errors import ModelError, OctavoError, UnsafePathError
@@ -105,6 +107,31 @@ def test_hashes_are_remembered_and_forgotten(tmp_path, monkeypatch):
     assert digest() == expected
     cached.write_text("not JSON")
     assert digest() == expected
+
+
+def test_hashes_of_what_is_longer_than_a_chunk_are_those_of_the_bytes(tmp_path):
+    data = np.random.default_rng(0).bytes(2 * CHUNK + 12345)
+    (tmp_path / "w").write_bytes(data)
+    hasher = Hasher()
+    assert hasher.digest(tmp_path / "w", 7, len(data) - 7) == f"sha256:{hashlib.sha256(data[7:]).hexdigest()[:32]}"
+    with pytest.raises(ModelError, match="ends before"):
+        hasher.digest(tmp_path / "w", 0, len(data) + 1)
+    hasher.close()
+
+
+def test_a_graph_made_to_be_slow_is_folded_in_bounds(tmp_path):
+    """A hundred different repeats one after the other: only so many are looked for, and the text still reads back."""
+    nodes, last = [], "x"
+    for k in range(100):
+        for i in range(12):
+            nodes.append(helper.make_node(f"Op{k}_{i % 4}", [last], [f"v{k}_{i}"], domain="test"))
+            last = f"v{k}_{i}"
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", last)]
+    model = helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:]), opset_imports=[helper.make_opsetid("test", 1)])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    snapshot = read_snapshot(tmp_path / "m.onnx")
+    text = write(snapshot)
+    assert 0 < text.count("repeat ") <= 64 and parse(text) == snapshot
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, monkeypatch):
