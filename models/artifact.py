@@ -7,7 +7,6 @@ The manifest (`octavo.json`) is the only thing the compiler tells the runtime. I
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -251,6 +250,8 @@ def _is_bare(name: str) -> bool:
 
 
 def _sha256(file: Path) -> str:
+    import hashlib  # not before it is needed: libcrypto is 4 MB
+
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

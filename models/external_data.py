@@ -7,7 +7,6 @@ link (a second name can be a file outside the folder); offset and length lie ins
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import stat
@@ -78,6 +77,8 @@ def source_sha256(source: str | os.PathLike[str]) -> str:
 
     Reads in chunks, after `check_external_paths`' validation, and never outside the model's folder.
     """
+    import hashlib  # not before it is needed: libcrypto is 4 MB
+
     path = model_file(source)
     digest = hashlib.sha256()
     for location, file in (("", path), *_located(path)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +74,7 @@ class StagedFolder:
         return self.target
 
     def _sibling(self, suffix: str) -> Path:
-        return self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.{suffix}")
+        return self.target.with_name(f".{self.target.name}.{os.urandom(4).hex()}.{suffix}")
 
     def _check_target(self) -> None:
         target = self.target

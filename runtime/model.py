@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +18,6 @@ from ..models.decision import Decision
 from ..models.interface import GraphInterface
 from ..models.runner import Ids
 from ..models.spec import Kind
-from .astream import AsyncPieceStream
 from .bfloat16 import run_named
 from .decisions import DecisionLog
 from .embed import Embedder, Pooling
@@ -36,6 +34,9 @@ from .session import Session, append, check_length, check_priority, check_salt
 from .stream import PieceStream
 from .text import TextStream
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .astream import AsyncPieceStream
 
 # Ids are held against the table by the graph that has it.
 _ANY_ID = 1 << 31
@@ -201,6 +202,8 @@ class Model:
         self, prompt: Any, params: SamplingParams | None = None, *, priority: int = 0, deadline: float | None = None, salt: str | None = None,
     ) -> AsyncPieceStream:
         """`stream` for `async for`. Steps run in a worker thread; cancelling the task that waits for a piece ends the request."""
+        from .astream import AsyncPieceStream  # asyncio is 4 MB
+
         return AsyncPieceStream(self.engine, self.stream(prompt, params, priority=priority, deadline=deadline, salt=salt))
 
     def begin_generation(self, state: SequenceState, params: SamplingParams, deadline: float | None, *, streamed: bool) -> Generation:
@@ -296,7 +299,7 @@ class Model:
         eos = frozenset(token for token in eos if 0 <= token < executor.vocab_size)
         return Generation(
             prompt=tuple(ids), params=params, stop_ids=eos | frozenset(params.stop_token_ids), limit=min(known), owns_sequence=owns, deadline=deadline,
-            streamed=streamed, seed=secrets.randbits(64) if params.seed is None else params.seed,
+            streamed=streamed, seed=int.from_bytes(os.urandom(8)) if params.seed is None else params.seed,
         )
 
 

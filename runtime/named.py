@@ -7,7 +7,6 @@ A session's folder is replaced as a whole, so that what is there is of one momen
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 from collections.abc import Sequence
@@ -60,6 +59,8 @@ class NamedSessions:
         self._make_room(keep=self._of(name))
 
     def _of(self, name: str) -> Path:
+        import hashlib  # not before it is needed: libcrypto is 4 MB
+
         # A name may be any text, and some are no file names.
         return self._folder / hashlib.sha256(name.encode()).hexdigest()
 

@@ -12,6 +12,9 @@ from ..models.interface import GraphInterface
 from ..models.roles import guess_interface
 from .config import RuntimeOptions
 
+# Longer than the gap between two steps of a generation.
+_SPIN_MICROSECONDS = 2000
+
 # What onnxruntime says when a graph needs an op that is not registered.
 _MISSING_OP = ("is not a registered function/op", "ai.octavo")
 
@@ -26,6 +29,8 @@ def open_session(graph: Path, options: RuntimeOptions, *, op_library: bool) -> o
     settings.inter_op_num_threads = 1
     # Patterns are kept per combination of shapes: batches of ragged sequences would fill the table and never hit it.
     settings.enable_mem_pattern = False
+    # Threads spin between the nodes of a step and from step to step, not while nobody asks for anything.
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     settings.log_severity_level = 3     # a failed step is reported by us, with its cause
     if not options.optimize_graph:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -8,10 +8,8 @@ file of another model is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,10 +74,12 @@ def write_sequence(path: str | os.PathLike[str], saved: SavedSequence) -> None:
     """Writes a file in the place of `path`, which is as it was where that fails (SavedSequenceError)."""
     path = Path(os.path.abspath(path))
     arrays = [np.ascontiguousarray(array) for array in saved.cache.arrays]
+    import hashlib  # not before it is needed: libcrypto is 4 MB
+
     shapes = tuple(_Array(array.dtype.name, array.shape) for array in arrays)
     header = _Header(FORMAT_VERSION, saved.fingerprint, saved.scope, saved.tokens, saved.cache.layout, saved.cache.length, shapes)
     text = json.dumps(asdict(header), separators=(",", ":")).encode()
-    written = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+    written = path.with_name(f".{path.name}.{os.urandom(4).hex()}.writing")
     try:
         with written.open("xb") as file:
             digest = hashlib.sha256()
@@ -106,6 +106,8 @@ def read_sequence(path: str | os.PathLike[str], fingerprint: str) -> SavedSequen
 
 
 def _read(file: BinaryIO, path: Path, fingerprint: str) -> SavedSequence:
+    import hashlib  # not before it is needed: libcrypto is 4 MB
+
     size = os.fstat(file.fileno()).st_size
     digest = hashlib.sha256()
 
