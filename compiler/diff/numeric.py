@@ -22,7 +22,7 @@ from ...models.context import configured_context
 from ...models.interface import GraphInterface
 from ...models.onnx_reader import graph_interface, read_onnx
 from ...models.runner import Runner
-from ..check import Load, compare, exact_twin
+from ..check import Load, compare, dequantized, exact_twin
 from ..check_cases import CASES, LONG, Rows, Tokens, tokens_for
 from ..check_inputs import seeded_inputs
 from ..thresholds import Limits, quality, tight
@@ -64,26 +64,27 @@ def compare_numbers(before: Side, after: Side, *, load: Load, seed: int = 0, pro
     """Runs both sides and compares what they give. One model is in memory at a time."""
     say = progress or (lambda _: None)
     notes: list[str] = []
-    say("running the old side")
-    with closing(load(before.path, before.artifact is not None)) as runner:
-        cases, tokens = _cases(before, after, runner, seed, notes)
-        old = _run(cases, runner, notes)
-    say("running the old side against itself")
-    with closing(load(before.path, before.artifact is None)) as runner:
-        noise = {name: compare("reference", name, rows, old[name], Limits()).relative for name, rows in _run(cases, runner, notes).items()}
-    say("running the new side")
-    with closing(load(after.path, after.artifact is not None)) as runner:
-        new = _run({name: cases[name] for name in old}, runner, notes)
-    allowed = max(_allowed(before), _allowed(after))
-    found = [_numbers("as they run", name, old[name], rows, noise.get(name, 0.0), allowed, tokens) for name, rows in new.items()]
     first: Located | None = None
     with tempfile.TemporaryDirectory(prefix="octavo-diff-") as scratch:
+        paths = [_plain(side, Path(scratch) / name) for name, side in (("before", before), ("after", after))]
+        say("running the old side")
+        with closing(load(paths[0], before.artifact is not None)) as runner:
+            cases, tokens = _cases(before, after, runner, seed, notes)
+            old = _run(cases, runner, notes)
+        say("running the old side against itself")
+        with closing(load(before.path, before.artifact is None)) as runner:
+            noise = {name: compare("reference", name, rows, old[name], Limits()).relative for name, rows in _run(cases, runner, notes).items()}
+        say("running the new side")
+        with closing(load(paths[1], after.artifact is not None)) as runner:
+            new = _run({name: cases[name] for name in old}, runner, notes)
+        allowed = max(_allowed(before), _allowed(after))
+        found = [_numbers("as they run", name, old[name], rows, noise.get(name, 0.0), allowed, tokens) for name, rows in new.items()]
         twins = [_twin(side, Path(scratch) / name) for name, side in (("old", before), ("new", after))]
         if twins != [before, after]:
             say("running both with fp32 caches and activations")
             rows = []
-            for side in twins:
-                with closing(load(side.path, side.artifact is not None)) as runner:
+            for path, side, twin in zip(paths, (before, after), twins):
+                with closing(load(path if twin is side else twin.path, side.artifact is not None)) as runner:
                     rows.append(_run({name: cases[name] for name in new}, runner, notes))
             rounded = max(_rounded(before), _rounded(after))
             found += [_numbers("fp32", name, rows[0][name], rows[1][name], 0.0, rounded, tokens) for name in rows[1] if name in rows[0]]
@@ -149,6 +150,14 @@ def _surprise(logits: Rows, tokens: Tokens) -> float:
     top = rows.max(axis=1)
     total = np.log(np.exp(rows - top[:, None]).sum(axis=1)) + top
     return float(np.mean(total - rows[np.arange(len(rows)), tokens.long[1 : len(rows) + 1]]))
+
+
+def _plain(side: Side, folder: Path) -> Path:
+    """What to run: an artifact as it is; a graph with its weights dequantized once, which without fusions every step would do again."""
+    if side.artifact:
+        return side.path
+    folder.mkdir()
+    return dequantized(side.path, folder)
 
 
 def _allowed(side: Side) -> float:
