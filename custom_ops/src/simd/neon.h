@@ -68,6 +68,12 @@ OCTAVO_INLINE Mask less(Vec a, Vec b) { Mask m; OCTAVO_EACH m.x[i] = vcltq_f32(a
 OCTAVO_INLINE Mask equal(Vec a, Vec b) { Mask m; OCTAVO_EACH m.x[i] = vceqq_f32(a.x[i], b.x[i]); return m; }
 OCTAVO_INLINE Mask both(Mask a, Mask b) { OCTAVO_EACH a.x[i] = vandq_u32(a.x[i], b.x[i]); return a; }
 OCTAVO_INLINE bool any(Mask m) { return vmaxvq_u32(vorrq_u32(vorrq_u32(m.x[0], m.x[1]), vorrq_u32(m.x[2], m.x[3]))) != 0; }
+OCTAVO_INLINE unsigned bits(Mask m) {
+  const std::uint32_t weights[4] = {1, 2, 4, 8};
+  unsigned r = 0;
+  OCTAVO_EACH r |= vaddvq_u32(vandq_u32(m.x[i], vld1q_u32(weights))) << (4 * i);
+  return r;
+}
 OCTAVO_INLINE Mask lanes(int lo, int hi) {
   Mask m;
   OCTAVO_EACH m.x[i] = vandq_u32(vcgeq_s32(lane_numbers(i), vdupq_n_s32(lo)), vcltq_s32(lane_numbers(i), vdupq_n_s32(hi)));
