@@ -125,13 +125,14 @@ def _key_of_the_token_before(model: onnx.ModelProto) -> None:
     # (rows 1 … T−1 and row 0): the slices of [k; k] from 1 to T + 1
     one = _constant(model, np.array([1], np.int64))
     zero = _constant(model, np.array([0], np.int64))
+    rows = _constant(model, np.array([-2], np.int64))
     far = _constant(model, np.array([2**31], np.int64))
     at = list(model.graph.node).index(node)
     key = node.input[1]
     for new in (
-        helper.make_node("Slice", [key, one, far, zero], ["fault/tail"]),
-        helper.make_node("Slice", [key, zero, one, zero], ["fault/head"]),
-        helper.make_node("Concat", ["fault/tail", "fault/head"], ["fault/rolled"], axis=0),
+        helper.make_node("Slice", [key, one, far, rows], ["fault/tail"]),
+        helper.make_node("Slice", [key, zero, one, rows], ["fault/head"]),
+        helper.make_node("Concat", ["fault/tail", "fault/head"], ["fault/rolled"], axis=-2),
     ):
         model.graph.node.insert(at, new)
         at += 1

@@ -35,7 +35,8 @@ def _load(artifact: Path, blocks: int = 60) -> octavo.Model:
     spec = Artifact.open(artifact).manifest.spec
     assert spec is not None
     files = sum((artifact / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
-    return octavo.load(artifact, options=octavo.RuntimeOptions(threads=2, block_size=P, memory=files + blocks * block_bytes(spec, P)))
+    options = octavo.RuntimeOptions(threads=2, block_size=P, prefix_cache=False, memory=files + blocks * block_bytes(spec, P))
+    return octavo.load(artifact, options=options)
 
 
 def _check(model: octavo.Model, held: int) -> None:
@@ -93,7 +94,7 @@ def test_a_pool_that_is_full_in_all_groups_refuses_and_changes_nothing(artifact:
         for sequence in sequences[:12]:
             sequence.append(PROMPTS[2])
         with pytest.raises(CapacityError):
-            session.append_batch([(sequences[12], [1]), (sequences[13], [2])])
+            session.append_batch([(sequence, [1]) for sequence in sequences[:13]])
         _check(model, held=60)
 
 
