@@ -147,6 +147,8 @@ class _Writer:
     def _write(self, product: Product, packed: Packed, norm: Norm | None, *, alone: bool) -> None:
         weight, fmt = packed
         residual = None if product.output is None else self._linears.residuals.get(product.output)
+        if residual is not None and residual.sum in self._replaced:
+            residual = None  # of two products that are summed, the first has taken the sum
         given: dict[str, ir.Value | None] = {"input": self._now(product.input), "weight": weight, "bias": self._bias(product)}
         attributes: dict[str, int | float] = {**fmt.attributes(), "activation_bits": self._activation_bits}
         attributes["gate"] = GATES.index(product.gate.activation) if product.gate is not None else 0

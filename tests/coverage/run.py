@@ -41,7 +41,7 @@ _UNKNOWN: dict[str, Any] = {"status": "unknown"}
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(ROWS), help="comma-separated; default all, the principal ones first")
-    parser.add_argument("--exporters", default=None, help="comma-separated; default all for principal families, the broad ones for others")
+    parser.add_argument("--exporters", default=None, help="comma-separated; default what the matrix asks for, family by family")
     parser.add_argument("--only", choices=("export", "check", "report"), help="one part, over what the cache has; default all")
     parser.add_argument("--python", default=sys.executable, help="has octavo")
     parser.add_argument("--python5", default=sys.executable, help="has torch, transformers 5, onnxruntime-genai, octavo")
