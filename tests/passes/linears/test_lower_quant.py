@@ -116,6 +116,17 @@ def test_a_residual_between_two_linears_ends_the_first_and_begins_the_second() -
     np.testing.assert_array_equal(run(model, {"x": ROWS})[0], expected)
 
 
+def test_both_of_two_products_that_are_summed_are_rewritten() -> None:
+    """Each is the other's residual: the first takes the sum, and the second goes into it."""
+    body = "u = Exp(x) p = MatMul(x, a) q = MatMul(u, b) y = Add(p, q)"
+    model = written(body, {"a": (64, 64), "b": (64, 64)}, "float[n,64] y")
+    second = quant_linear(of(model, "b"), input=np.exp(ROWS)).output
+    expected = quant_linear(of(model, "a"), input=ROWS, residual=second).output
+    quantize(model)
+    assert sorted(ops(model)) == ["Exp", "QuantLinear", "QuantLinear"]
+    np.testing.assert_allclose(run(model, {"x": ROWS})[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def decoder(name: str, patterns: Mapping[str, Precision], **how: object) -> tuple[ir.Model, np.ndarray, np.ndarray]:
     """A tiny decoder lowered, its logits, and those of the same graph in fp32."""
     model = token_flat(name)
