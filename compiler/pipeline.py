@@ -1,6 +1,6 @@
 """From a graph as exported to a graph that serves: the stages in order, and which kind comes of them.
 
-    normalize → dequantize, fold weights → observe → match attention → (paged | contiguous | stateless) → clean → verify
+    normalize → dequantize, fold weights → observe → match attention → (paged | contiguous | stateless) → clean → verify → quantize linears
 
 Every target plans before it changes anything, so that a target that refuses leaves the graph as it was and the next one is tried. One that
 fails later (an exception, or a lowered graph that onnxruntime doesn't run) costs reading the source again. What nothing can be made of

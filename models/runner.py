@@ -1,4 +1,4 @@
-"""The protocol through which `check` (and later `diff`) drives a model without knowing whether it is an artifact or a plain graph.
+"""The protocol through which `check`, `evaluate` and `diff` drive a model without knowing whether it is an artifact or a plain graph.
 
 `octavo.Model` satisfies it; the compiler never imports the runtime, the facade hands it `octavo.load`.
 """

@@ -67,8 +67,8 @@ def test_only_export_imports_torch() -> None:
 
 
 def test_policy_knows_no_tensors() -> None:
-    """Scheduler and block pool work on integers only."""
-    for name in ("runtime/scheduler.py", "runtime/kv/blocks.py"):
+    """Scheduler, block pool and prefix index work on integers only."""
+    for name in ("runtime/scheduler.py", "runtime/kv/blocks.py", "runtime/kv/prefix.py"):
         heavy = [imported for imported, _ in _imports(ROOT / name) if imported.split(".")[0] in HEAVY]
         assert not heavy, f"{name} imports {heavy}"
 
