@@ -14,21 +14,13 @@ PRINCIPAL = (
     "exaone4", "glm", "mixtral", "qwen3_moe", "gpt_oss",
 )
 
-# Opsets between and after the main ones, one token at a time.
-_NEIGHBOURS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2")
-
 # Exporters that take a minute a cell, or differ little from another: they are asked for these principal families.
 CHOSEN = {
     **dict.fromkeys(
         ("transformers5-cpu-prefill", "transformers5-cpu-decode-many"),
         tuple(name for name in PRINCIPAL if name not in ("mistral-4096", "mistral-8192", "exaone4")),
     ),
-    **dict.fromkeys(("dynamo20", "dynamo24", "transformers5-decode"), _NEIGHBOURS),
-    **dict.fromkeys(
-        ("dynamo20-nocache", "dynamo24-nocache", "dynamo18-eager", "dynamo18-bare", "transformers5", "transformers5-prefill",
-         "transformers5-decode-many", "transformers5-cpu-decode", "transformers5-static"),
-        ("llama", "mistral"),
-    ),
+    **dict.fromkeys(("transformers5", "transformers5-decode-many", "transformers5-static"), ("llama", "mistral")),
 }
 
 # One of each kind.
