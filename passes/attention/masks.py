@@ -26,6 +26,8 @@ from .sparse import sparse_situations
 
 # Cells of one probe's mask, 4 bytes each in the graph's form: 8192 tokens without a past, seen by all of themselves.
 _MOST_CELLS = (8192 + 1) ** 2
+# Without a past all rows are probed: sixteen million cells, where a few rows over a past would do.
+_LONGEST_WITHOUT_PAST = 4096
 
 
 class MaskProver:
@@ -92,10 +94,9 @@ class MaskProver:
         return Situation.dense(probe, self._lab.observation.keys(probe))
 
     def _ends(self, source: MaskSource) -> list[int]:
-        """Lengths around every constant of the mask's cone, and the longest context over a past."""
+        """Lengths around every constant of the mask's cone, and the longest context: a threshold need not be written as a whole number."""
         ends = {end for c in self._constants(source) for end in (c - 1, c, c + 1)}
-        if self._lab.observation.cached:
-            ends.add(self._max_context)
+        ends.add(self._max_context if self._lab.observation.cached else min(self._max_context, _LONGEST_WITHOUT_PAST))
         return sorted(end for end in ends if 3 < end <= self._max_context)
 
     def _see_long(self, source: MaskSource, end: int, seen: list[Seen]) -> Seen:

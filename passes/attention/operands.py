@@ -89,7 +89,9 @@ def _furthest(
             continue
         places = {_place(lab, chain, computed[0], given[0] if given else None, canon, num_heads, size, probe) for probe in lab.probes}
         place = next(iter(places)) if len(places) == 1 else None
-        if place is not None and heads in (None, place.heads):
+        if place is None or heads not in (None, place.heads):
+            continue
+        if all(_place(lab, chain, computed[0], given[0] if given else None, canon, num_heads, size, probe) == place for probe in _full(lab)):
             best = place
     return best
 
@@ -145,10 +147,15 @@ def grown_cache(lab: Laboratory, operand: Operand, size: int, outputs: Iterable[
             continue
         for computed, chain in lab.graph.walk(output, MOVES):
             if computed == (operand.turned,) and set(chain.leaves) == {operand.turned, operand.past} and all(
-                _is_grown(lab, chain, operand, size, probe) for probe in lab.probes
+                _is_grown(lab, chain, operand, size, probe) for probe in (*lab.probes, *_full(lab))
             ):
                 return output
     return None
+
+
+def _full(lab: Laboratory) -> list[Probe]:
+    """Every place of a cache that has a fixed number of them: an index may wrap, stop or shift where no short probe comes to."""
+    return [] if lab.observation.capacity is None else [Probe(1, lab.observation.capacity, 0)]
 
 
 def _is_grown(lab: Laboratory, chain: Chain, operand: Operand, size: int, probe: Probe) -> bool:

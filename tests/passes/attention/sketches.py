@@ -35,6 +35,7 @@ class Sketch:
     mask: str = "where"           # where, additive, min, boolean_where, none, ids
     slopes: str = "none"          # none, keys (slope·key), last (slope·(key − last key)), curved (wrong: other slopes far away), shifted (a row's constant)
     window: int = 0
+    near: float = 0.0             # hides what is 1/near or more tokens back, in floats
     chunk: int = 0                # only keys of the query's own chunk
     prefix: int = 0               # the first keys are seen by all
     sinks: str = "none"           # none, plain, shifted (less the row's largest, as gpt-oss has it), by_query (wrong: another logit for each query)
@@ -51,7 +52,7 @@ class Sketch:
     conv: bool = False            # something sideways beside attention
     gate: str = "none"            # none, heads_first, tokens_first: a factor for each head on the result, before or behind its transpose
     shuffled: bool = False        # the heads of the probabilities change places (wrong)
-    cache: str = "grown"          # grown, or 64 places written by scatter_nd, scatter_elements or tensor_scatter; late and circular are wrong
+    cache: str = "grown"          # grown, or 64 places written by scatter_nd, scatter_elements or tensor_scatter; the others are wrong
     second: str = "none"          # a second attention: none, shared (it reads the first one's keys and values), own_value, turned (keys by other angles)
     second_window: int = 0
     norm: str = "none"            # none, q: RMS of each head before rotary, with a weight
@@ -125,6 +126,13 @@ def _append(w: _Writer, past: str, new: str, batch: str, length: str, name: str)
     if s.cache in ("tensor_scatter", "circular"):
         return w.op("TensorScatter", past, new, "write_indices", axis=2, mode="circular" if s.cache == "circular" else "linear", outputs=[name])
     at = w.op("Add", "cache_position", w.const([1])) if s.cache == "late" else "cache_position"
+    if s.cache == "wrapped":
+        at = w.op("Mod", at, w.const([40]))
+    elif s.cache == "stopped":
+        at = w.op("Min", at, w.const([45]))
+    elif s.cache == "shifted":  # behind a threshold that is written as no whole number
+        far = w.op("Greater", w.op("Mul", w.op("Cast", at, to=1), w.f32(0.04)), w.f32(1.0))
+        at = w.op("Where", far, w.op("Sub", at, w.const([1])), at)
     if s.cache == "scatter_elements":
         shape = w.op("Concat", batch, w.const([s.G]), length, w.const([s.D]), axis=0)
         return w.op("ScatterElements", past, w.op("Expand", w.op("Unsqueeze", at, w.const([1])), shape), new, axis=2, outputs=[name])
@@ -267,6 +275,9 @@ def _visible(w: _Writer, batch: str, length: str, total: str) -> str:
     seen = w.const(True, bool) if s.mask == "none" else w.op("LessOrEqual", keys, queries)
     if s.window:
         seen = w.op("And", seen, w.op("Greater", keys, w.op("Sub", queries, w.const(s.window))))
+    if s.near:  # distance · near < 1
+        distance = w.op("Cast", w.op("Sub", queries, keys), to=1)
+        seen = w.op("And", seen, w.op("Less", w.op("Mul", distance, w.f32(s.near)), w.f32(1.0)))
     if s.chunk:
         size = w.const(s.chunk)
         seen = w.op("And", seen, w.op("Equal", w.op("Div", keys, size), w.op("Div", queries, size)))

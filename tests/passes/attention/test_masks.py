@@ -35,6 +35,11 @@ def test_a_window_far_longer_than_the_first_probes_is_not_taken_for_causal() -> 
     assert proved(Sketch(window=4096), max_context=8192) == Mask("window", 4096, key_padding=True)
 
 
+@pytest.mark.parametrize("past", [True, False])
+def test_a_window_written_as_a_fraction_is_not_taken_for_causal(past: bool) -> None:
+    assert proved(Sketch(near=0.03, past=past)) == Mask("window", 34, key_padding=True)
+
+
 def test_a_window_of_4096_is_refused_by_who_knows_causal_masks_alone() -> None:
     """With the one cell that tells them apart: the first key that the window hides, and no sooner."""
     observation, _ = seen(*build(Sketch(window=4096)), 8192)

@@ -43,7 +43,10 @@ def test_the_logits_are_the_exporters(sketch: Sketch) -> None:
     (Sketch(cache="scatter_nd", mask="none"), "bidirectional"),   # places that are not written yet are seen
     (Sketch(cache="scatter_nd", hole=True), "none that is known"),
     (Sketch(cache="scatter_nd", heads="permuted"), "can't be traced"),
-], ids=["late", "circular", "unwritten", "hole", "permuted"])
+    (Sketch(cache="wrapped", padding=False), "can't be traced"),  # beyond what a short probe writes
+    (Sketch(cache="stopped", padding=False), "can't be traced"),
+    (Sketch(cache="shifted", padding=False), "can't be traced"),
+], ids=["late", "circular", "unwritten", "hole", "permuted", "wrapped", "stopped", "shifted"])
 def test_near_misses_do_not_page(sketch: Sketch, word: str) -> None:
     observation, (found,) = seen(*build(sketch))
     refusal = found if isinstance(found, Refusal) else plan_token_flat(observation, [found], max_context=MAX_CONTEXT)
