@@ -10,9 +10,9 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from ..errors import ModelError, OptionError
+from ..errors import OptionError
+from .text_ids import text_ids
 
 MAX_TOKENS = 16384
 # Without text. Inputs of random tokens are not those of language, but far from white noise too.
@@ -73,10 +73,4 @@ def _from_text(data: bytes, file: Path, folder: Path | None) -> Sequence[int]:
     tokenizer = None if folder is None else folder / "tokenizer.json"
     if tokenizer is None or not tokenizer.is_file():
         raise OptionError("calibration: there is no tokenizer.json beside the source", hint="give token ids: a .json file with a list of them")
-    try:
-        found = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(f"{tokenizer} can't be read: {error}", hint="copy the tokenizer files of the model again") from error
-    found.no_padding()
-    found.no_truncation()
-    return list(found.encode(text).ids)
+    return text_ids(tokenizer, text)

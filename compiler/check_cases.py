@@ -68,9 +68,9 @@ def tokens_for(folder: Path, vocab_size: int, max_context: int, *, text: str | N
     ids = np.random.default_rng(seed).integers(0, vocab_size, long + short, dtype=np.int64)
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
-        from tokenizers import Tokenizer
+        from .text_ids import text_ids
 
-        known = np.array(Tokenizer.from_file(str(tokenizer)).encode(text if text is not None else TEXT).ids, dtype=np.int64)
+        known = np.array(text_ids(tokenizer, text if text is not None else TEXT), dtype=np.int64)
         known = known[known < vocab_size][: long]
         ids[: len(known)] = known
     elif text is not None:

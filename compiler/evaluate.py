@@ -101,7 +101,7 @@ def evaluate(
 
 def token_ids(model: Path, text: Path) -> NDArray[np.int64]:
     """The text's ids by the tokenizer.json in the folder of the model."""
-    from tokenizers import Tokenizer
+    from .text_ids import text_ids
 
     tokenizer = (model if model.is_dir() else model.parent) / "tokenizer.json"
     if not tokenizer.is_file():
@@ -110,7 +110,7 @@ def token_ids(model: Path, text: Path) -> NDArray[np.int64]:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"{text} is not UTF-8 text: {error}") from error
-    return np.array(Tokenizer.from_file(str(tokenizer)).encode(content).ids, dtype=np.int64)
+    return np.array(text_ids(tokenizer, content), dtype=np.int64)
 
 
 def windows_of(ids: NDArray[np.int64], context: int) -> Iterator[NDArray[np.int64]]:
