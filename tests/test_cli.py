@@ -16,7 +16,7 @@ import octavo
 import onnx
 import pytest
 from octavo import __main__ as cli
-from octavo import errors
+from octavo import doctor_command, errors
 from octavo.models.tiny import tiny_llama_onnx
 from onnx import TensorProto, helper, numpy_helper
 from typer.main import get_command
@@ -201,6 +201,21 @@ def test_doctor(octavo_cli):
     assert code == 0 and re.search(r"op library loads +yes", out)
     facts = json.loads(octavo_cli("doctor", "--json")[1])
     assert facts["octavo"] == octavo.__version__ and facts["instruction set in use"] in facts["instruction sets"]
+
+
+def test_doctor_runs_with_runtime_dependencies_alone():
+    """Nothing of the compiler's is imported; and the model that it asks onnxruntime with is the one that the onnx package would write."""
+    port = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "doctor", port[:1], port[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    assert onnx.ModelProto.FromString(doctor_command.IDENTITY) == model
+    code = """import sys
+for name in ("onnx", "onnx_ir", "onnxscript", "gguf", "torch", "transformers"):
+    sys.modules[name] = None
+from octavo.__main__ import main
+main(["doctor"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"op library loads +yes", done.stdout), done.stderr
 
 
 def test_doctor_says_when_the_library_does_not_load(octavo_cli, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from ..check_inputs import seeded_inputs
 from .folding import Carried
 from .graph import Graph, Produced, Snapshot
 from .matching import Matching, match, paired
-from .numbers import ABOVE_NOISE, Divergence
+from .numbers import ABOVE_NOISE, FirstDivergent
 from .write import names_of
 
 # Outputs of one run: what they hold is in memory at once, on one side as arrays and on the other as they come.
@@ -52,7 +52,7 @@ class RunnableSide(Protocol):
 class Located:
     """The first divergent node, or why there is none to tell."""
 
-    divergence: Divergence | None
+    divergence: FirstDivergent | None
     notes: tuple[str, ...] = ()
 
 
@@ -66,10 +66,10 @@ def locate(before: RunnableSide, after: RunnableSide, tokens: NDArray[np.int64] 
         return Located(None, (f"The first node that differs was not found: {str(error).strip().splitlines()[0][:200]}",))
     names = names_of(matching.before), names_of(matching.after)
 
-    def divergence(pair: Pair, inputs: float) -> Divergence:
+    def divergence(pair: Pair, inputs: float) -> FirstDivergent:
         node = matching.after.nodes[pair[1].node]
         name = names[1][pair[1].node] + (f" ({node.name})" if node.name else "")
-        return Divergence(names[0][pair[0].node], name, node.op, errors[pair], inputs)
+        return FirstDivergent(names[0][pair[0].node], name, node.op, errors[pair], inputs)
 
     found = [(pair, _read(matching.after, pair[1].node, errors)) for pair in sorted(errors, key=lambda pair: pair[1].node)]
     for pair, inputs in found:

@@ -35,7 +35,7 @@ class CaseNumbers:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class FirstDivergent:
     """The first node whose values differ by far more than those it reads. Relative differences, of its output and of its inputs."""
 
     before: str
@@ -53,7 +53,7 @@ class Numbers:
     """All cases, the first divergent node where one moved, and what was not compared."""
 
     cases: tuple[CaseNumbers, ...]
-    first: Divergence | None = None
+    first: FirstDivergent | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -34,3 +34,20 @@ def decoder(tmp_path_factory) -> Path:
     path = folder / "decoder.onnx"
     onnx.save(onnx.load(tiny_llama_onnx(folder / "out", layers=4)), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def models(decoder, tmp_path_factory) -> tuple[Path, Path]:
+    """The decoder, and one with a Cast before every attention and another opset."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(decoder)
+    for node in [node for node in model.graph.node if node.op_type == "Attention"]:
+        new = helper.make_node("Cast", [node.input[0]], [f"{node.name}/cast"], to=1)
+        node.input[0] = new.output[0]
+        model.graph.node.insert(list(model.graph.node).index(node), new)
+    model.opset_import[0].version = 24
+    path = tmp_path_factory.mktemp("models") / "b.onnx"
+    onnx.save(model, path)
+    return decoder, path

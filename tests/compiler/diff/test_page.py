@@ -8,30 +8,13 @@ import subprocess
 from pathlib import Path
 
 import octavo
-import onnx
 import pytest
 from octavo.compiler.diff.html import compile_page, page
 from octavo.compiler.diff.source import read_snapshot
 from octavo.compiler.diff.structure import compare_snapshots
-from octavo.models.tiny import tiny_llama_onnx
 from onnx import TensorProto, helper
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path]:
-    """A decoder of four layers, and one with a Cast in each and another opset."""
-    folder = tmp_path_factory.mktemp("page")
-    model = onnx.load(tiny_llama_onnx(folder, layers=4))
-    onnx.save(model, folder / "a.onnx")
-    for node in [node for node in model.graph.node if node.op_type == "Attention"]:
-        new = helper.make_node("Cast", [node.input[0]], [f"{node.name}/cast"], to=1)
-        node.input[0] = new.output[0]
-        model.graph.node.insert(list(model.graph.node).index(node), new)
-    model.opset_import[0].version = 24
-    onnx.save(model, folder / "b.onnx")
-    return folder / "a.onnx", folder / "b.onnx"
 
 
 def written(models: tuple[Path, Path]) -> str:
