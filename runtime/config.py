@@ -23,6 +23,8 @@ class RuntimeOptions:
         Acts on `paged` models, whose cache is one pool; the other kinds allocate as their sequences grow.
     block_size: 16, 32, 64, 128 or 256 token slots of a cache block. Small blocks waste less at a sequence's end, large ones need shorter
         tables. Acts on `paged` models.
+    swap_memory: what the caches of requests that were preempted, and of idle sequences that made room, may take outside `memory`, like it; they
+        are copied back then and not computed again. None: nothing is copied. Acts on `paged` models.
     batching: True computes several sequences in one step where the kind can; False always one, first come, first served.
     max_sequences: 1 … 4096 sequences in one step. Idle sequences don't count; they cost blocks, and may be dropped where those run short, and
         computed again to the same bits.
@@ -40,6 +42,7 @@ class RuntimeOptions:
 
     threads: int | None = None
     memory: int | str | None = None
+    swap_memory: int | str | None = None
     block_size: int = 32
     batching: bool = True
     max_sequences: int = 32
@@ -68,7 +71,7 @@ class RuntimeOptions:
                 raise OptionError(f"{name}={value!r} is not in {least} … {most}")
         if self.policy not in get_args(Policy):
             raise OptionError(f"policy={self.policy!r} is not one of {', '.join(map(repr, get_args(Policy)))}")
-        for name in ("memory", "session_disk"):
+        for name in ("memory", "swap_memory", "session_disk"):
             if getattr(self, name) is not None:
                 parse_size(getattr(self, name), name)
         if self.profile is not None and not (isinstance(self.profile, str) and self.profile):
@@ -77,6 +80,10 @@ class RuntimeOptions:
     @property
     def memory_bytes(self) -> int | None:
         return None if self.memory is None else parse_size(self.memory, "memory")
+
+    @property
+    def swap_bytes(self) -> int:
+        return 0 if self.swap_memory is None else parse_size(self.swap_memory, "swap_memory")
 
     @property
     def session_bytes(self) -> int | None:

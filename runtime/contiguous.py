@@ -75,6 +75,12 @@ class ContiguousExecutor:
     def adopt(self, sequence: SequenceState, limit: int) -> None:
         pass            # each sequence has arrays of its own
 
+    def disown(self, sequence: SequenceState) -> None:
+        pass
+
+    def put_aside(self, sequence: SequenceState) -> None:
+        pass            # the arrays are nobody else's memory
+
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
         return True     # arrays are allocated as a sequence grows; an allocation that fails is a failed step
 

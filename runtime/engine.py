@@ -157,7 +157,7 @@ class Engine:
             sequence, _ = self._idle.popitem(last=False)
             if sequence.num_cached:
                 self.counters.update(idle_drops=1)
-                self.executor.truncate(sequence, 0)
+                self.executor.put_aside(sequence)
                 return True
         return False
 

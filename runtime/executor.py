@@ -47,8 +47,19 @@ class Executor(Protocol):
         """Gives a sequence with nothing cached what is cached elsewhere of its first `limit` tokens, under the same scope; often nothing."""
         ...
 
+    def disown(self, sequence: SequenceState) -> None:
+        """Undoes `adopt`."""
+        ...
+
+    def put_aside(self, sequence: SequenceState) -> None:
+        """Frees the memory of what is cached. It is copied elsewhere if there is room for it, and comes back with a later `reserve`."""
+        ...
+
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
-        """Promises the memory for caching up to `stop` tokens, in place of an earlier promise; False, and no promise, where it lacks."""
+        """Promises the memory for caching up to `stop` tokens, in place of an earlier promise; False, and no promise, where it lacks.
+
+        What was put aside is cached again then.
+        """
         ...
 
     def unreserve(self, sequence: SequenceState) -> None: ...

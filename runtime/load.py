@@ -119,8 +119,10 @@ def _paged(manifest: Manifest, session: Any, options: RuntimeOptions, log: Decis
     log.load("memory", f"{budget.num_blocks} blocks, {budget.cache_bytes:,} bytes of cache", budget.reason)
     log.load("batching", "on" if options.batching else "off", "batching=True" if options.batching else "batching=False was asked for")
     log.load("prefix_cache", "on" if options.prefix_cache else "off", f"prefix_cache={options.prefix_cache}")
+    swap = f"{options.swap_bytes:,} bytes for caches put aside" if options.swap_bytes else "what is put aside is computed again"
+    log.load("swap", "on" if options.swap_bytes else "off", swap)
     return PagedExecutor(
-        session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size,
+        session, manifest.spec, num_blocks=budget.num_blocks, block_size=options.block_size, swap_bytes=options.swap_bytes,
         prefix_cache=options.prefix_cache, limits=Limits(options.max_sequences if options.batching else 1, options.max_step_tokens),
     )
 

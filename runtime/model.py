@@ -91,9 +91,9 @@ class Model:
         """Counters and sizes now.
 
         blocks_total, _free, _cached (nobody holds them, kept for prefixes), _used, _shared (of used), _reserved, block_copies, prefix_hits,
-        prefix_hit_tokens, prefix_evictions, tokens_recomputed (before a window), cache_bytes (`paged` only); sequences (open), sequences_idle
-        (of those: something cached, nothing to do), idle_drops, steps, tokens (computed), forks, failed_steps, preemptions, requests_waiting,
-        requests_running; model_bytes (files).
+        prefix_hit_tokens, prefix_evictions, tokens_recomputed (before a window), swaps_out, swaps_in, swap_bytes (in use), cache_bytes (`paged`
+        only); sequences (open), sequences_idle (of those: something cached, nothing to do), idle_drops, steps, tokens (computed), forks,
+        failed_steps, preemptions, requests_waiting, requests_running; model_bytes (files).
         """
         self.check_open()
         if self._engine is None:

@@ -19,6 +19,7 @@ from ..errors import ArtifactError, SavedSequenceError
 from ..models.spec import ModelSpec
 from .executor import Logits, step_error
 from .kv.store import BlockStore
+from .kv.swap import SwapSpace
 from .kv.tables import BlockTables, Extension, SequenceBlocks
 from .plan import Limits, SequenceState, StepPlan
 from .saved import CacheState
@@ -30,13 +31,16 @@ _TABLE_STEP = 8
 class PagedExecutor:
     """An Executor over `PagedAttention`."""
 
-    def __init__(self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, limits: Limits, prefix_cache: bool) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, spec: ModelSpec, *, num_blocks: int, block_size: int, limits: Limits, prefix_cache: bool, swap_bytes: int = 0,
+    ) -> None:
         self.vocab_size = spec.vocab_size
         self.max_context: int | None = spec.max_context
         self.max_cached: int | None = num_blocks * block_size
         self.limits = limits
         self._tables = BlockTables([group.window for group in spec.cache_groups], num_blocks, block_size, prefix_cache=prefix_cache)
         self._store = BlockStore(spec, num_blocks, block_size)
+        self._swap = SwapSpace(self._tables, self._store, swap_bytes)
         self._feed = _Feed(session, spec, self._store, self.limits, block_size)
         self._block_size, self._layout = block_size, f"paged/{CACHE_LAYOUT}/{block_size}"
         self._num_open = 0
@@ -49,15 +53,18 @@ class PagedExecutor:
     def fork(self, sequence: SequenceState) -> SequenceState:
         self._num_open += 1
         blocks = self._tables.fork(_blocks(sequence), sequence.num_cached)
+        self._swap.share(_blocks(sequence), blocks)
         return SequenceState(list(sequence.tokens), blocks, sequence.num_cached, sequence.scope)
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
-        wanted = min(sequence.num_cached, length)
-        sequence.num_cached = self._tables.truncate(_blocks(sequence), wanted)
-        self._counters["recomputed"] += wanted - sequence.num_cached
+        blocks = _blocks(sequence)
+        wanted, wanted_aside = min(sequence.num_cached, length), min(self._swap.length(blocks), length)
+        sequence.num_cached = self._tables.truncate(blocks, wanted)
+        self._counters["recomputed"] += wanted - sequence.num_cached + wanted_aside - self._swap.truncate(blocks, length)
 
     def close(self, sequence: SequenceState) -> None:
         self._num_open -= 1
+        self._swap.truncate(_blocks(sequence), 0)
         self._tables.close(_blocks(sequence))
         sequence.num_cached = 0
 
@@ -67,17 +74,34 @@ class PagedExecutor:
         self._counters["hits"] += sequence.num_cached > 0
         self._counters["hit_tokens"] += sequence.num_cached
 
+    def disown(self, sequence: SequenceState) -> None:
+        sequence.num_cached = self._tables.truncate(_blocks(sequence), 0)
+
+    def put_aside(self, sequence: SequenceState) -> None:
+        if sequence.num_cached:
+            self._swap.put(_blocks(sequence), sequence.num_cached)
+        self.disown(sequence)
+
     def reserve(self, sequence: SequenceState, stop: int) -> bool:
-        return self._tables.reserve(_blocks(sequence), sequence.num_cached, stop)
+        blocks = _blocks(sequence)
+        if not self._tables.reserve(blocks, sequence.num_cached, stop):
+            return False
+        if self._swap.length(blocks):
+            sequence.num_cached = self._swap.bring_back(blocks, sequence.tokens, sequence.num_cached)
+        return True
 
     def unreserve(self, sequence: SequenceState) -> None:
         self._tables.unreserve(_blocks(sequence))
 
     def save(self, sequence: SequenceState) -> CacheState:
         """Whole blocks: the slots behind a sequence's end may hold what others have left there."""
-        length = sequence.num_cached // self._block_size * self._block_size
-        tables = [[block for block in table[: length // self._block_size] if block >= 0] for table in _blocks(sequence).tables]
-        return CacheState(self._layout, length, tuple(self._store.read(tables)))
+        blocks = _blocks(sequence)
+        if self._swap.length(blocks):
+            length, arrays = self._swap.whole(blocks)
+        else:
+            length, tables = self._tables.whole(blocks, sequence.num_cached)
+            arrays = self._store.read(tables)
+        return CacheState(self._layout, length, tuple(arrays))
 
     def restore(self, sequence: SequenceState, state: CacheState) -> None:
         assert sequence.num_cached == 0
@@ -130,12 +154,16 @@ class PagedExecutor:
             "prefix_hit_tokens": self._counters["hit_tokens"],
             "prefix_evictions": sum(pool.num_evicted for pool in pools),
             "tokens_recomputed": self._counters["recomputed"],
+            "swaps_out": self._swap.num_out,
+            "swaps_in": self._swap.num_in,
+            "swap_bytes": self._swap.nbytes,
             "cache_bytes": self._store.nbytes,
             "sequences": self._num_open,
         }
 
     def check(self) -> None:
         self._tables.check()
+        self._swap.check()
 
 
 def _blocks(sequence: SequenceState) -> SequenceBlocks:

@@ -28,6 +28,7 @@ class Request:
         self.deadline = deadline        # on the engine's clock
         self.done = False
         self.arrival = self.last_turn = -1
+        self.overdue = False
 
     @property
     def num_pending(self) -> int:

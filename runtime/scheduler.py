@@ -1,9 +1,10 @@
 """Which requests run in the next step, and how many of their tokens. Policy on integers only: no arrays, no sessions, no clocks.
 
-Higher priority first, and within one first come, first served. A request is admitted when the memory for all tokens it has so far is promised;
-then every step takes one token of each decoding request and fills what is left of the token budget with prompts, in chunks. Where memory
-runs out, sequences that nobody is computing give up what they have cached, then the last in that order gives its cache back and waits; it
-is recomputed from its tokens later. An `append` is never put off that way: what it needs was promised at once.
+Higher priority first, and within one first come, first served; but who has waited while `_PATIENCE` others overtook goes next, whatever its
+priority, so that nobody starves. A request is admitted when the memory for all tokens it has so far is promised; then every step takes one token of each
+decoding request and fills what is left of the token budget with prompts, in chunks. Where memory runs out, sequences that nobody is computing
+give up what they have cached, then the last in that order gives its cache back and waits; it is copied back or computed again later. An `append` is
+never put off that way: what it needs was promised at once.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ class Memory(Protocol):
 
     def reserve(self, sequence: SequenceState, stop: int) -> bool: ...
     def unreserve(self, sequence: SequenceState) -> None: ...
-    def truncate(self, sequence: SequenceState, length: int) -> None: ...
     def adopt(self, sequence: SequenceState, limit: int) -> None: ...
+    def disown(self, sequence: SequenceState) -> None: ...
+    def put_aside(self, sequence: SequenceState) -> None: ...
 
 
 class Schedulable(Protocol):
-    """What the scheduler knows of a request. Logits are wanted for positions ≥ `first_row`, and for those before `num_reusable` no more."""
+    """What the scheduler knows of a request. Logits are wanted for positions ≥ `first_row`, and for those before `num_reusable` no more.
+
+    `arrival`, `last_turn` and `overdue` are the scheduler's own.
+    """
 
     sequence: SequenceState
     first_row: int
@@ -34,6 +39,7 @@ class Schedulable(Protocol):
     priority: int
     arrival: int
     last_turn: int
+    overdue: bool
 
     @property
     def num_pending(self) -> int: ...
@@ -42,6 +48,11 @@ class Schedulable(Protocol):
 
 
 R = TypeVar("R", bound=Schedulable)
+
+# So many admissions may overtake a waiting request: of places under load, low priorities get one in as many.
+_PATIENCE = 16
+# A decoding row of higher priority goes before one that has waited for so many steps longer, where there are more rows than a step takes.
+_HEAD_START = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Scheduler(Generic[R]):
         self._running: list[R] = []
         self._turn = 0
         self._arrivals = 0
+        self._overtakings = 0
+        self._prompt_last = False
 
     @property
     def num_waiting(self) -> int:
@@ -82,7 +95,7 @@ class Scheduler(Generic[R]):
     def add(self, request: R, *, admitted: bool = False) -> None:
         """Queues a request. `admitted`: its memory is there already (an append's promise, a fork's shared blocks)."""
         self._arrivals += 1
-        request.arrival = self._arrivals
+        request.arrival, request.last_turn, request.overdue = self._arrivals, self._turn, False
         insort(self._running if admitted else self._waiting, request, key=_rank)
 
     def remove(self, request: R) -> None:
@@ -98,10 +111,10 @@ class Scheduler(Generic[R]):
         Of any of its priority or below, if it is not running.
         """
         while not self._reserve(request, stop):
-            if self._give_up():
+            if self._free_memory(request):
                 continue
             after = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
-            victim = next((r for r in reversed(after) if r.preemptable and r.priority <= request.priority), None)
+            victim = next((r for r in reversed(after) if r.preemptable and (request.overdue or r.priority <= request.priority)), None)
             if victim is None:
                 return False
             self._preempt(victim)
@@ -112,8 +125,7 @@ class Scheduler(Generic[R]):
         starved = self._admit()
         chosen: list[tuple[R, int]] = []
         budget = self.limits.max_tokens
-        # Decoding requests first, so that no prompt stalls a stream; among them the one that has waited longest.
-        for request in sorted(self._running, key=lambda r: (not _decodes(r), -r.priority, r.last_turn if _decodes(r) else r.arrival)):
+        for request in self._by_turn():
             if len(chosen) == self.limits.max_sequences or budget == 0:
                 break
             if request not in self._running:
@@ -132,20 +144,36 @@ class Scheduler(Generic[R]):
         for request, _ in kept:
             self._turn += 1
             request.last_turn = self._turn
+        self._prompt_last = bool(kept) and not _decodes(kept[-1][0])
         return Schedule(tuple(r for r, _ in kept), StepPlan(tuple(s for _, s in kept)), tuple(starved))
+
+    def _by_turn(self) -> list[R]:
+        """Running requests in the order in which they are served: decoding ones first, so that no prompt stalls a stream; among them the one
+        that has waited longest. Where those take all places, one is a prompt's; where there is one place, every other step.
+        """
+        bound = self.limits
+        places = bound.max_sequences if bound.max_tokens is None else min(bound.max_sequences, bound.max_tokens)
+        prompts = [request for request in self._running if not _decodes(request)]
+        decoding = sorted(filter(_decodes, self._running), key=lambda r: r.last_turn - _HEAD_START * places * r.priority)
+        if prompts and len(decoding) >= places and not (places == 1 and self._prompt_last):
+            decoding.insert(places - 1, prompts.pop(0))
+        return decoding + prompts
 
     def _admit(self) -> list[R]:
         starved: list[R] = []
         while self._waiting:
+            self._mind_the_overdue()
             request = self._waiting[0]
-            below = next((r for r in reversed(self._running) if r.preemptable and r.priority < request.priority), None)
+            lesser = (r for r in reversed(self._running) if r.preemptable and not r.overdue and (request.overdue or r.priority < request.priority))
+            below = next(lesser, None)
             if len(self._running) >= self.limits.max_sequences:
                 if below is None:
                     break
                 self._preempt(below)
             elif self._reserve(request, len(request.sequence.tokens)):
                 insort(self._running, self._waiting.pop(0), key=_rank)
-            elif self._give_up():
+                self._overtakings += any(other.arrival < request.arrival for other in self._waiting)
+            elif self._free_memory(request):
                 continue
             elif below is not None:
                 self._preempt(below)
@@ -154,6 +182,24 @@ class Scheduler(Generic[R]):
             else:
                 starved.append(self._waiting.pop(0))
         return starved
+
+    def _mind_the_overdue(self) -> None:
+        """Puts the one that has waited longest first, once enough others have overtaken."""
+        if self._overtakings >= _PATIENCE:
+            self._overtakings = 0
+            longest = min(self._waiting, key=lambda request: request.arrival)
+            self._waiting.remove(longest)
+            longest.overdue = True
+            insort(self._waiting, longest, key=_rank)
+
+    def _free_memory(self, wanting: R) -> bool:
+        """Takes the cache of a sequence that nobody computes, or else of one that waits, the last first; False where there is none."""
+        if self._give_up():
+            return True
+        holder = next((r for r in reversed(self._waiting) if r is not wanting and r.sequence.num_cached), None)
+        if holder is not None:
+            self._memory.put_aside(holder.sequence)
+        return holder is not None
 
     def _reserve(self, request: R, stop: int) -> bool:
         """Promises the memory for `stop` tokens, less those that are cached already, by this sequence or another with the same beginning."""
@@ -164,22 +210,23 @@ class Scheduler(Generic[R]):
         if self._memory.reserve(sequence, stop):
             return True
         if fresh:
-            self._memory.truncate(sequence, 0)
+            self._memory.disown(sequence)
         return False
 
     def _put_off(self, request: R) -> list[R]:
         """Makes a request wait that memory lacks for; returns it where nothing else runs that could free some."""
         if len(self._running) > 1 and request.preemptable:
             self._preempt(request)
+            self._memory.put_aside(request.sequence)
             return []
         self._running.remove(request)
         return [request]
 
     def _preempt(self, request: R) -> None:
+        """Makes a request wait. What it has cached stays as long as nobody needs the room."""
         self.num_preemptions += 1
         self._running.remove(request)
         self._memory.unreserve(request.sequence)
-        self._memory.truncate(request.sequence, 0)
         insort(self._waiting, request, key=_rank)
 
     def check(self) -> None:
@@ -195,8 +242,8 @@ def _decodes(request: Schedulable) -> bool:
     return request.num_pending == 1 and request.sequence.num_cached > 0
 
 
-def _rank(request: Schedulable) -> tuple[int, int]:
-    return -request.priority, request.arrival
+def _rank(request: Schedulable) -> tuple[bool, int, int]:
+    return not request.overdue, -request.priority, request.arrival
 
 
 def _slice(request: Schedulable, count: int) -> Slice:

@@ -62,6 +62,14 @@ class BlockStore:
         for (group, array), blocks in zip(self._arrays(), arrays, strict=True):
             array[tables[group]] = blocks
 
+    def pick(self, arrays: Sequence[NDArray[np.generic]], rows: Sequence[slice | list[int]]) -> list[NDArray[np.generic]]:
+        """Of what `read` gave, the blocks `rows[group]`: copies, or views where it is a slice."""
+        return [array[rows[group]] for (group, _), array in zip(self._arrays(), arrays, strict=True)]
+
+    def size(self, counts: Sequence[int]) -> int:
+        """Bytes of `counts[group]` blocks of every layer."""
+        return sum(counts[group] * (array.nbytes // len(array)) for group, array in self._arrays())
+
     def shapes(self, tables: Sequence[Sequence[int]]) -> list[tuple[np.dtype[np.generic], tuple[int, ...]]]:
         """Type and shape of what `read` gives."""
         return [(array.dtype, (len(tables[group]), *array.shape[1:])) for group, array in self._arrays()]

@@ -92,12 +92,23 @@ class BlockTables:
         Raises CapacityError and changes nothing where the pool has too few.
         """
         assert not any(blocks.tables) and length % self.block_size == 0
-        firsts = [0 if window is None else max(0, length - window + 1) // self.block_size for window in self._windows]
+        firsts = [self._first_seen(window, length) for window in self._windows]
         counts = [length // self.block_size - first for first in firsts]
         for pool, count in zip(self.pools, counts):
             if not pool.can_reserve(count):
                 raise CapacityError(f"{count} blocks are needed, {pool.num_available} can be had", hint="close sequences, or load the model with more memory=")
         blocks.tables = [[-1] * first + [pool.allocate() for _ in range(count)] for pool, first, count in zip(self.pools, firsts, counts)]
+
+    def whole(self, blocks: SequenceBlocks, length: int) -> tuple[int, list[list[int]]]:
+        """The most of the first `length` positions that full blocks hold, and the blocks that `place` would give for them.
+
+        None, where a window has let go of what a token after them would see.
+        """
+        whole = length // self.block_size * self.block_size
+        if not self.sees_all(blocks, whole):
+            whole = 0
+        stop = whole // self.block_size
+        return whole, [table[self._first_seen(window, whole) : stop] for window, table in zip(self._windows, blocks.tables)]
 
     def settle(self, blocks: SequenceBlocks, tokens: Sequence[int], length: int) -> None:
         """After positions [0, length) are committed: enters full blocks in the index, releases those that no later token sees."""
@@ -108,7 +119,7 @@ class BlockTables:
                 continue
             # Seen from the last full block, so that the prefix that ends there (what is saved, and found by others) is whole.
             whole = length // self.block_size * self.block_size
-            for index in range(max(0, whole - window + 1) // self.block_size - 1, -1, -1):
+            for index in range(self._first_seen(window, whole) - 1, -1, -1):
                 if table[index] < 0:
                     break
                 pool.free(table[index])
@@ -179,6 +190,11 @@ class BlockTables:
             raise
         return extension
 
+    def release(self, blocks: SequenceBlocks, group: int, index: int) -> None:
+        """Lets go of a block whose positions no later token sees."""
+        self.pools[group].free(blocks.tables[group][index])
+        blocks.tables[group][index] = -1
+
     def commit(self, extension: Extension) -> None:
         # A source stays held until here: another writer of this step must not find it unshared while a rollback may still want it back.
         for copy in extension.copies:
@@ -213,7 +229,7 @@ class BlockTables:
 
         Returns how many positions are still there: `length` or 0.
         """
-        if not all(self._sees_all(table, window, length) for table, window in zip(blocks.tables, self._windows)):
+        if not self.sees_all(blocks, length):
             length = 0
         for group, table in enumerate(blocks.tables):
             while len(table) > self.count(length):
@@ -227,9 +243,17 @@ class BlockTables:
         self.truncate(blocks, 0)
         self._live.discard(blocks)
 
-    def _sees_all(self, table: list[int], window: int | None, length: int) -> bool:
-        first = 0 if window is None else max(0, length - window + 1) // self.block_size
-        return all(block >= 0 for block in table[first : self.count(length)])
+    def sees_all(self, blocks: SequenceBlocks, length: int) -> bool:
+        """No block is missing that the token at position `length` would see."""
+        return all(table[index] >= 0 for table, seen in zip(blocks.tables, self.seen(length)) for index in seen)
+
+    def seen(self, length: int) -> list[range]:
+        """Per group, which blocks of the first `length` positions the token after them sees."""
+        return [range(self._first_seen(window, length), self.count(length)) for window in self._windows]
+
+    def _first_seen(self, window: int | None, length: int) -> int:
+        """The first block that the token at position `length` sees."""
+        return 0 if window is None else max(0, length - window + 1) // self.block_size
 
     def _evicted(self, group: int, block: int) -> None:
         assert self._index is not None, "only the index keeps blocks"

@@ -46,6 +46,19 @@ def test_a_restored_sequence_goes_on_with_the_same_bits(name, paths, op_library,
         np.testing.assert_array_equal(again.append(IDS[20:] + NEXT, rows="all")[-6:], expected)
 
 
+def test_whatever_a_window_has_let_go_a_file_can_be_restored(tools, paths, op_library, tmp_path):
+    """Truncated to where the last whole block's end would see a released block: the file has the tokens alone."""
+    with tools.small_paged(paths, 24, name="paged_hybrid", prefix_cache=False) as model:
+        rows = model.predict(IDS + NEXT)
+        for length in range(1, 49):
+            sequence = grown(model, (IDS + NEXT)[:49])
+            sequence.truncate(length)
+            sequence.save(tmp_path / "a.seq")
+            restored = model.begin_session().restore(tmp_path / "a.seq")
+            assert restored.tokens == sequence.tokens
+            np.testing.assert_array_equal(restored.append((IDS + NEXT)[length:]), rows[-1:])
+
+
 def test_another_process_goes_on_with_the_same_bits(paths, op_library, tmp_path):
     with octavo.load(paths.paged_int8, options=octavo.RuntimeOptions(threads=1)) as model:
         sequence = grown(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from octavo.runtime.kv.tables import BlockTables
@@ -26,9 +27,11 @@ class Memory:
     def unreserve(self, sequence):
         self.tables.unreserve(sequence.cache)
 
-    def truncate(self, sequence, length):
-        sequence.num_cached = min(sequence.num_cached, length)
-        self.tables.truncate(sequence.cache, sequence.num_cached)
+    def disown(self, sequence):
+        sequence.num_cached = 0
+        self.tables.truncate(sequence.cache, 0)
+
+    put_aside = disown
 
     def execute(self, plan):
         for part in plan.slices:
@@ -45,6 +48,7 @@ class Job:
     last_turn: int = -1
     priority: int = 0
     arrival: int = -1
+    overdue: bool = False
     seen: list = field(default_factory=list)
 
     num_reusable = 0
@@ -199,7 +203,7 @@ def test_idle_caches_go_before_running_ones():
     def give_up():
         if idle.num_cached:
             given.append(idle)
-            memory.truncate(idle, 0)
+            memory.put_aside(idle)
             return True
         return False
 
@@ -210,3 +214,93 @@ def test_idle_caches_go_before_running_ones():
     assert not given
     scheduler.add(jobs[1])
     assert step(scheduler, memory, limits).requests == tuple(jobs) and given == [idle] and scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 16), Limits(3, 16)])
+def test_nobody_starves_under_a_stream_of_higher_priorities(limits):
+    """Always more of them waiting than there are places: the low one ends all the same, and they had most of the time."""
+    memory = Memory(60)
+    scheduler = Scheduler(limits, memory)
+    low = Job(SequenceState([0] * 5, memory.tables.open()), 6, priority=-3)
+    scheduler.add(low)
+    jobs, steps = [], 0
+    while low.left:
+        while scheduler.num_waiting < 4:
+            jobs.append(Job(SequenceState([0] * 5, memory.tables.open()), 3, priority=2))
+            scheduler.add(jobs[-1])
+        step(scheduler, memory, limits)
+        steps += 1
+        assert steps < 200
+    assert sum(job.left == 0 for job in jobs) >= 15
+
+
+def test_a_prompt_gets_a_place_among_more_streams_than_places():
+    memory, limits = Memory(100), Limits(4, 64)
+    scheduler = Scheduler(limits, memory)
+    streams = [Job(SequenceState([0], memory.tables.open()), 40) for _ in range(9)]
+    for job in streams:
+        memory.execute(StepPlan((Slice(job.sequence, 0, 1, 1),)))
+        job.sequence.tokens.append(1)
+        scheduler.add(job, admitted=True)
+    prompt = Job(SequenceState([0] * 100, memory.tables.open()), 1)
+    scheduler.add(prompt, admitted=True)
+    for _ in range(2):
+        assert step(scheduler, memory, limits).requests[-1] is prompt
+    assert prompt.left == 0
+    for _ in range(8):
+        step(scheduler, memory, limits)
+    assert {job.left for job in streams} <= {35, 36, 37}, "and those behind it took turns"
+
+
+def test_one_place_alternates():
+    memory, limits = Memory(100), Limits(1, None)
+    scheduler = Scheduler(limits, memory)
+    stream = Job(SequenceState([0], memory.tables.open()), 40)
+    scheduler.add(stream)
+    scheduler.schedule()
+    memory.execute(StepPlan((Slice(stream.sequence, 0, 1, 0),)))
+    stream.sequence.tokens.append(1)
+    for turn in range(3):
+        prompt = Job(SequenceState([0] * 9, memory.tables.open()), 1)
+        scheduler.add(prompt, admitted=True)
+        served = []
+        for _ in range(2):
+            served += (schedule := scheduler.schedule()).requests
+            memory.execute(schedule.plan)
+            if schedule.requests == (stream,):
+                stream.sequence.tokens.append(1)
+            else:
+                finish(scheduler, memory, prompt)
+        assert set(map(id, served)) == {id(stream), id(prompt)}, turn
+
+
+def test_higher_priority_rows_go_first_and_lower_ones_get_on():
+    memory, limits = Memory(100), Limits(2, 64)
+    scheduler = Scheduler(limits, memory)
+    rows = [Job(SequenceState([0], memory.tables.open()), 60, priority=p) for p in (0, 1, 1, 1)]
+    for job in rows:
+        memory.execute(StepPlan((Slice(job.sequence, 0, 1, 1),)))
+        job.sequence.tokens.append(1)
+        scheduler.add(job, admitted=True)
+    for _ in range(30):
+        step(scheduler, memory, limits)
+    low, *high = (60 - job.left for job in rows)
+    assert 0 < low < min(high)
+
+
+def test_who_gives_way_for_a_place_keeps_its_cache_while_there_is_room():
+    memory, limits = Memory(20), Limits(1, 64)
+    scheduler = Scheduler(limits, memory)
+    low, high = (Job(SequenceState([0] * 8, memory.tables.open()), 3, priority=p) for p in (0, 5))
+    scheduler.add(low)
+    step(scheduler, memory, limits)
+    scheduler.add(high)
+    assert step(scheduler, memory, limits).requests == (high,)
+    assert (scheduler.num_preemptions, low.sequence.num_cached) == (1, 8)
+    big = Job(SequenceState([0] * 78, memory.tables.open()), 1, priority=5)
+    scheduler.add(big)
+    while big.left:
+        step(scheduler, memory, limits)
+    assert low.sequence.num_cached == 0, "the room was needed"
+    while low.left:
+        step(scheduler, memory, limits)
