@@ -6,6 +6,7 @@ Only what grows with the model is counted: products with weights, and attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,26 @@ from typing import Any
 from ..custom_ops.contract import CACHE_FORMATS
 from .spec import ModelSpec
 
-# op type → its inputs of which a step reads single rows (embeddings, rotary tables), and not all.
-_ROWS_OF = {
-    "Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "QuantEmbedding": (1,), "PagedAttention": (8, 9), "RotaryEmbedding": (1, 2, 3),
-    "GroupQueryAttention": (7, 8),
+# Here and in `compiler/diff/cost.py` an op carries its domain unless that is ai.onnx.
+
+# Products of activations with a weight → the inputs that the weight may be; those of SIZED say the weight's sizes in attributes.
+PRODUCTS: dict[str, tuple[int, ...]] = {
+    "MatMul": (0, 1), "Gemm": (1,), "Conv": (1,), "MatMulInteger": (1,), "QLinearMatMul": (3,), "com.microsoft::FusedMatMul": (0, 1),
+    "com.microsoft::DynamicQuantizeMatMul": (1,), "com.microsoft::MatMulIntegerToFloat": (1,),
+}
+SIZED = ("ai.octavo::QuantLinear", "com.microsoft::MatMulNBits")
+# Ops that read single rows of a table (embeddings, rotary angles) → the inputs that such tables are, and not read whole.
+ROWS_OF: dict[str, tuple[int, ...]] = {
+    "Gather": (0,), "com.microsoft::GatherBlockQuantized": (0, 2, 3), "ai.octavo::QuantEmbedding": (1,), "ai.octavo::PagedAttention": (8, 9),
+    "RotaryEmbedding": (1, 2, 3), "com.microsoft::RotaryEmbedding": (2, 3), "com.microsoft::GroupQueryAttention": (7, 8),
 }
 # What a stored weight goes through on its way to a product, as the importers write it.
 _SHAPING = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity", "Add")
+
+
+def sized_product(attributes: Mapping[str, int]) -> int:
+    """Elements of the weight of an op of SIZED."""
+    return attributes["K"] * attributes["M" if "M" in attributes else "N"] * (2 if attributes.get("gate") else 1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ def step_cost(graph: Path) -> StepCost:
         of_rows = not rows.isdisjoint(node.input)
         if of_rows:
             rows.update(node.output)
-        whole |= {name for at, name in enumerate(node.input) if name in nbytes and at not in _ROWS_OF.get(node.op_type, ())}
+        whole |= {name for at, name in enumerate(node.input) if name in nbytes and at not in ROWS_OF.get(_op(node), ())}
         products = _products(node, elements)
         per_row, per_token = per_row + products * of_rows, per_token + products * (not of_rows)
         if node.op_type == "PagedAttention":
@@ -83,12 +97,14 @@ def cache_bytes(spec: ModelSpec, length: float) -> float:
 
 def _products(node: Any, elements: dict[str, int]) -> int:
     """Multiply-adds of one row of a product with a weight; 0 for another node."""
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    if node.op_type == "QuantLinear":
-        return int(attributes["K"] * attributes["M"] * (2 if attributes.get("gate") else 1))
-    if node.op_type == "MatMulNBits":
-        return int(attributes["K"] * attributes["N"])
-    return elements.get(node.input[1], 0) if node.op_type in ("MatMul", "Gemm", "MatMulInteger") else 0
+    op = _op(node)
+    if op in SIZED:
+        return sized_product({attribute.name: int(attribute.i) for attribute in node.attribute})
+    return max((elements.get(node.input[slot], 0) for slot in PRODUCTS.get(op, ()) if slot < len(node.input)), default=0)
+
+
+def _op(node: Any) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else str(node.op_type)
 
 
 def _bits(data_type: int) -> int:

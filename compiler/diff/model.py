@@ -39,13 +39,15 @@ class Edit:
 class Cost:
     """What a token costs, as far as structure tells.
 
-    `flops`: 2 × the elements of every weight that is multiplied, for one token. `weight_bytes`: weights read for one token decoded alone,
-    of tables one row. `cache_bytes`: kept for each token of a sequence. `parameters`: bytes of all weights.
+    `flops`: 2 × the elements of every weight that is multiplied, for one token. `attention_flops`: of one token for each token that it sees,
+    4 × query heads × value size over all attentions (q·k and p·v). `weight_bytes`: weights read for one token decoded alone, of tables one
+    row. `cache_bytes`: kept for each token of a sequence, and read for each later one that sees it. `parameters`: bytes of all weights.
     """
 
     nodes: int
     ops: dict[str, int]
     flops: int
+    attention_flops: int
     weight_bytes: int
     cache_bytes: int
     parameters: int

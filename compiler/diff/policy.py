@@ -5,7 +5,7 @@
       "forbid Softmax",                               # no such op in the new graph
       "max_new Cast 0",                               # at most so many more than before
       "max_edits 5",                                  # kinds of change
-      "max_growth flops 0.01",                        # nodes, flops, weight_bytes, cache_bytes, parameters: by at most this share
+      "max_growth flops 0.01",                        # nodes, flops, attention_flops, weight_bytes, cache_bytes, parameters: by at most this share
       "interface frozen", "opset frozen", "weights frozen",
       "max_kl 1e-4", "max_relative 1e-3", "min_top1 0.99", "max_perplexity 0.01",   # these run both models
     ]
@@ -36,7 +36,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }
 _FROZEN = {"interface": ("interface",), "opset": ("opset",), "weights": ("weight",)}
-_GROWTHS = ("nodes", "flops", "weight_bytes", "cache_bytes", "parameters")
+_GROWTHS = ("nodes", "flops", "attention_flops", "weight_bytes", "cache_bytes", "parameters")
 _FIGURES = ("max_kl", "max_relative", "max_abs", "min_top1", "max_perplexity")
 _OP = r"([\w.:\-]+)"
 _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"

@@ -47,8 +47,10 @@ def cost_lines(before: Cost, after: Cost) -> Iterator[str]:
     """What a token costs on both sides; only what changed, but always the nodes."""
     yield f"nodes {before.nodes} → {after.nodes}"
     for name, unit, one, other in (
-        ("flops", "FLOP a token", before.flops, after.flops), ("weights", "B read a token", before.weight_bytes, after.weight_bytes),
-        ("cache", "B kept a token", before.cache_bytes, after.cache_bytes), ("parameters", "B", before.parameters, after.parameters),
+        ("flops", "FLOP a token", before.flops, after.flops),
+        ("attention", "FLOP a token for each that it sees", before.attention_flops, after.attention_flops),
+        ("weights", "B read a token", before.weight_bytes, after.weight_bytes), ("cache", "B kept a token", before.cache_bytes, after.cache_bytes),
+        ("parameters", "B", before.parameters, after.parameters),
     ):
         if one != other:
             share = f" ({(other - one) / one:+.1%})" if one else ""

@@ -19,7 +19,7 @@ from octavo.compiler.diff.schema import as_json, json_schema
 from octavo.errors import OptionError, RefusedError
 from octavo.models.tiny import tiny_llama_onnx
 
-COST = Cost(3, {"Add": 3}, 100, 40, 8, 40)
+COST = Cost(3, {"Add": 3}, 100, 12, 40, 8, 40)
 NUMBERS = Numbers(
     (CaseNumbers("as they run", "prefill", 8, math.inf, math.inf, 0.5, 0.25, 0.1, 1e-6, 1e-4),), FirstDivergent("a", "b", "Add", 1.0, 0.0), ("a note",),
 )
