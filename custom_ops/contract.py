@@ -319,6 +319,7 @@ QUANT_LINEAR = OpContract(
         Port("skip", _F32, "(..., K)", "added to the input before the norm", optional=True),
         Port("bias", _F32, "(M)", "added to the product; (2·M) with a gate: the gate's, then the values'", optional=True),
         Port("residual", _F32, "(..., M)", "added at the end", optional=True),
+        Port("activation_scale", _F32, "(K / group_size)", "what int8 activations are rounded with, instead of scales of each row's own", optional=True),
     ),
     outputs=(
         Port("output", _F32, "(..., M)", "the product, finished"),
@@ -334,10 +335,11 @@ QUANT_LINEAR = OpContract(
 """y = epilogue(prologue(input) · W).
 
 With int8 activations a row's group of x has the scale s = max|x|/127 and q = round to nearest even of x·(127/max|x|); below 2^-120 the
-group is zero, and with an infinity or a NaN in it every output of the row is NaN. Per group one exact integer sum n = Σ(w − zero point)·q, then
-f = fma(float(n)·s, scale, f); with minimums n = Σw·q, and f = fma(float(Σq)·s, minimum, f) follows; groups ascend from f = 0. With float
-activations f = fma(x, w, f), inputs ascending. The sum of squares runs in 16 lanes joined by one tree. So a row's bits depend on nothing
-but the row: not on others, nor on how work is cut, nor on the instruction set.
+group is zero, and with an infinity or a NaN in it every output of the row is NaN. With `activation_scale` (finite, at least 2^-120) s is the
+group's scale given there, and q = round to nearest even of x·(1/s), no less than −127 and no more than 127. Per group one exact integer sum
+n = Σ(w − zero point)·q, then f = fma(float(n)·s, scale, f); with minimums n = Σw·q, and f = fma(float(Σq)·s, minimum, f) follows; groups
+ascend from f = 0. With float activations f = fma(x, w, f), inputs ascending. The sum of squares runs in 16 lanes joined by one tree. So a
+row's bits depend on nothing but the row: not on others, nor on how work is cut, nor on the instruction set.
 """
 
 QUANT_EMBEDDING = OpContract(

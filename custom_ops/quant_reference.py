@@ -35,6 +35,7 @@ def quant_linear(
     skip: Array | None = None,
     bias: Array | None = None,
     residual: Array | None = None,
+    activation_scale: Array | None = None,
     activation_bits: int = 8,
     gate: int = 0,
     norm_epsilon: float = 1e-5,
@@ -44,7 +45,7 @@ def quant_linear(
     x = total.reshape(-1, K)
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_epsilon)
-    y = int8_product(weight, x) if activation_bits == 8 else float_product(weight, x)
+    y = int8_product(weight, x, activation_scale) if activation_bits == 8 else float_product(weight, x)
     if bias is not None:
         y = y + bias
     if gate:
@@ -72,11 +73,15 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     return (x * inverse) * weight
 
 
-def quantize_rows(x: Array, group_size: int) -> tuple[Array, Array]:
-    """Rows (R, K) as int8 q (R, groups, group_size) and float32 scales (R, groups)."""
+def quantize_rows(x: Array, group_size: int, given: Array | None = None) -> tuple[Array, Array]:
+    """Rows (R, K) as int8 q (R, groups, group_size) and float32 scales (R, groups): `given` (groups), or the rows' own."""
     groups = x.reshape(x.shape[0], x.shape[1] // group_size, group_size)
-    most = np.abs(groups).max(axis=2)
     sound = np.isfinite(groups).all(axis=2)
+    if given is not None:
+        with np.errstate(over="ignore"):
+            scaled = np.where(sound[:, :, None], groups, np.float32(0)) * (np.float32(1) / given)[:, None]
+        return np.rint(np.clip(scaled, -127, 127)).astype(np.int8), np.where(sound, given, np.float32(np.nan))
+    most = np.abs(groups).max(axis=2)
     some = sound & (most >= _TINY)
     divisor = np.where(some, most, np.float32(1))
     scale = np.where(sound, np.where(some, most / np.float32(127), np.float32(0)), np.float32(np.nan))
@@ -86,9 +91,9 @@ def quantize_rows(x: Array, group_size: int) -> tuple[Array, Array]:
     return q, scale.astype(np.float32)
 
 
-def int8_product(weight: QuantizedWeight, x: Array) -> Array:
+def int8_product(weight: QuantizedWeight, x: Array, activation_scale: Array | None = None) -> Array:
     g = weight.group_size
-    q, scale = quantize_rows(x, g)
+    q, scale = quantize_rows(x, g, activation_scale)
     f = np.zeros((x.shape[0], weight.q.shape[0]), np.float32)
     for group in range(scale.shape[1]):
         w = weight.q[:, group * g : (group + 1) * g].astype(np.int64)

@@ -66,8 +66,12 @@ class QuantCase:
             "skip": (*self.rows, self.K),
             "bias": (self.outputs,),
             "residual": (*self.rows, self.M),
+            "activation_scale": (self.K // self.group,),
         }
-        return {name: rng.standard_normal(shapes[name]).astype(np.float32) for name in ("input", *self.parts)}
+        found = {name: rng.standard_normal(shapes[name]).astype(np.float32) for name in ("input", *self.parts)}
+        if "activation_scale" in found:
+            found["activation_scale"] = np.exp2(found["activation_scale"]) / 50  # some groups saturate, some hardly step
+        return found
 
     def tolerance(self, inputs: Mapping[str, Array]) -> float:
         """The gates are polynomials within 4 units in the last place of their argument's size, multiplied by the values."""
@@ -102,6 +106,13 @@ _GATES = tuple(
     for M in (16, 21)
     for n in (1, 9)
 )
+_STATIC = (
+    *(QuantCase(f"static_w{bits}_g{group}_{zero}", K=group * 5, bits=bits, group=group, zero=zero, parts=("activation_scale",), rows=(9,))
+      for bits in (4, 8) for group in (32, 64, 128) for zero in ("none", "uint8", "float")),
+    *(QuantCase(f"static_rows{n}", rows=(n,), bits=8, parts=("norm_weight", "activation_scale")) for n in (1, 2, 7, 8, 23, 70, 130)),
+    QuantCase("static_everything", K=1664, M=53, bits=8, zero="float", parts=(*_ALL, "activation_scale"), rows=(2, 35)),
+    QuantCase("static_gate", M=21, bits=8, gate="silu", parts=(*_ALL, "activation_scale"), rows=(9,)),
+)  # fmt: skip
 QUANT_CASES = (
     *_WEIGHTS,
     *_ROWS,
@@ -109,6 +120,7 @@ QUANT_CASES = (
     *_WIDTHS,
     *_PARTS,
     *_GATES,
+    *_STATIC,
     QuantCase("everything_int8", K=640, M=53, group=64, zero="float", parts=_ALL, rows=(2, 35), epsilon=1e-6),
     QuantCase("everything_float", K=640, M=53, group=64, zero="uint8", parts=_ALL, rows=(2, 5), activation_bits=32),
     QuantCase("everything_bytes", K=640, M=53, bits=8, group=128, zero="float", parts=_ALL, rows=(70,)),

@@ -47,7 +47,9 @@ def test_gates_over_their_whole_range(gate: str) -> None:
     np.testing.assert_allclose(got[near], expected[near], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["rows130_none_a8", "rows130_uint8_a8", "rows130_float_a32", "everything_bytes", "many_panels", "bytes_rows50"])
+@pytest.mark.parametrize(
+    "name", ["rows130_none_a8", "rows130_uint8_a8", "rows130_float_a32", "everything_bytes", "many_panels", "bytes_rows50", "static_rows130"]
+)
 def test_a_row_alone_equals_the_same_in_company(name: str) -> None:
     case = _case(name)
     inputs = case.build()
@@ -89,9 +91,9 @@ def test_merged_linears_equal_their_parts() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("activation_bits", [8, 32])
-def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: float, activation_bits: int) -> None:
-    case = QuantCase("not_a_number", rows=(10,), activation_bits=activation_bits)
+@pytest.mark.parametrize(("activation_bits", "parts"), [(8, ()), (8, ("activation_scale",)), (32, ())])
+def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: float, activation_bits: int, parts: tuple[str, ...]) -> None:
+    case = QuantCase("not_a_number", rows=(10,), activation_bits=activation_bits, parts=parts)
     inputs = case.build()
     sound = run_quant(case, inputs).output
     inputs["input"][4, 50] = bad
@@ -124,6 +126,34 @@ def test_activations_round_to_nearest_even_and_lose_half_a_step() -> None:
     assert (np.abs(back.reshape(50, 256) - x) <= np.repeat(scale, 64, axis=1) * 0.5001).all()
     halves = np.concatenate([[127.0], np.arange(63) + 0.5]).astype(np.float32)[None]
     assert quantize_rows(halves, 64)[0][0, 0, 1:5].tolist() == [0, 2, 2, 4]
+
+
+def test_given_scales_round_to_nearest_even_and_saturate() -> None:
+    """What lies within 127 steps loses half a step at most; what lies beyond becomes the last step. The row's own scales, given, change next to nothing."""
+    x = np.random.default_rng(2).standard_normal((50, 256)).astype(np.float32)
+    given = np.array([0.5, 0.02, 0.003, 1e-30], np.float32)
+    q, scale = quantize_rows(x, 64, given)
+    assert (scale == given).all() and np.abs(q[:, 3]).min() == 127
+    groups, back = x.reshape(50, 4, 64).astype(np.float64), q.astype(np.float64) * given[:, None]
+    inside = np.abs(groups) <= 127 * given[:, None]
+    assert 0 < inside[:, 2].mean() < 1 and inside[:, 0].all()
+    assert (np.abs(back - groups) <= given[:, None] * 0.5001)[inside].all()
+    assert (back == np.sign(groups) * 127 * given[:, None].astype(np.float64))[~inside & (np.abs(groups) > 127.5 * given[:, None])].all()
+    halves = np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5, 1e9] * 4, np.float32)[None]
+    assert quantize_rows(halves, 32, np.ones(1, np.float32))[0][0, 0, :8].tolist() == [-2, 0, 0, 2, 2, 126, 127, 127]
+    own, of_row = quantize_rows(x[:1], 64)
+    assert np.abs(quantize_rows(x[:1], 64, of_row[0])[0].astype(int) - own).max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-30, 1e30, 3e38])
+def test_given_scales_take_values_of_every_size(magnitude: float) -> None:
+    case = QuantCase("static_magnitudes", rows=(2,), parts=("activation_scale",))
+    inputs = case.build()
+    inputs["input"] = np.sign(inputs["input"]) * np.float32(magnitude)
+    inputs["activation_scale"][:] = np.array([2.0**-120, 1e-30, 1e-3, 1, 1e30, 3e38], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = reference_of(case, inputs).output
+    assert same_bits(run_quant(case, inputs).output, expected)
 
 
 def test_norm_is_rms_norm() -> None:

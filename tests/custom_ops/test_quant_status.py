@@ -60,6 +60,7 @@ _BAD_INPUTS = {
     "skip": np.zeros((2, 192), _F),
     "bias": np.zeros(80, _F),
     "residual": np.zeros((3, 41), _F),
+    "activation_scale": np.ones(5, _F),
 }
 
 
@@ -68,6 +69,20 @@ def test_bad_shape_is_refused_by_name(name: str) -> None:
     inputs = {**_inputs("QuantLinear"), name: _BAD_INPUTS[name]}
     with pytest.raises(Exception, match=f"QuantLinear.*'{name}'"):
         _session("QuantLinear", inputs, {}).run(None, inputs)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.01, 2.0**-121, float("nan"), float("inf")])
+def test_scales_of_activations_are_positive_numbers(bad: float) -> None:
+    inputs = {**_inputs("QuantLinear"), "activation_scale": np.array([1, 1, 1, bad, 1, 1], _F)}
+    with pytest.raises(Exception, match=r"QuantLinear.*'activation_scale' holds .* at 3"):
+        _session("QuantLinear", inputs, {}).run(None, inputs)
+
+
+def test_float_activations_have_no_scales() -> None:
+    inputs = {**_inputs("QuantLinear"), "activation_scale": np.ones(6, _F)}
+    _session("QuantLinear", inputs, {}).run(None, inputs)
+    with pytest.raises(Exception, match=r"QuantLinear.*'activation_scale' is given, and activations are float32"):
+        _session("QuantLinear", inputs, {"activation_bits": 32}).run(None, inputs)
 
 
 @pytest.mark.parametrize("op", ["QuantLinear", "QuantEmbedding"])

@@ -41,11 +41,12 @@ struct Prologue {
   float* sum;                // (rows, K): x + skip
   const float* norm_weight;  // (K)
   float epsilon;
+  const float* scale;        // (groups): what int8 activations are rounded with, in place of scales of the row's own
 };
 
 // The input of a product, prepared in blocks of `row_block` rows; the last block holds the R rows that are left. With int8 activations:
 //     int8 q[K/4][R][4], int32 start[groups][R], float scale[groups][R], float sum[groups][R]
-// q = round(x/scale), scale = the group's largest magnitude/127. `start` and `sum` make up for the weights' offset (quant_rows-inl.h).
+// q = round(x/scale), scale = the group's largest magnitude/127, or given. `start` and `sum` make up for the weights' offset (quant_rows-inl.h).
 // With float activations: float x[K][R].
 struct Prepared {
   std::uint8_t* blocks;

@@ -3,6 +3,9 @@
 // A row stands alone. The sum of squares runs in sixteen lanes, k ascending, joined by the one tree. A group's scale is its largest
 // magnitude/127, its q = round to nearest even of x·(127/largest magnitude). A group whose largest magnitude is below 2^-120 is zero; one
 // with an infinity or a NaN has q = 0 and the scale NaN, so that every output of the row is NaN.
+//
+// With scales that are given q = round to nearest even of x·(1/scale), between −127 and 127, and the largest magnitude is not looked for. An infinity
+// or a NaN makes every output of the row NaN here too.
 #pragma once
 #include "kernels/quant.h"
 
@@ -41,7 +44,8 @@ struct Row {
   const float* x;
   const float* skip;
   const float* norm_weight;
-  float inverse;  // 1/√(mean of squares + epsilon)
+  const float* scale;  // of each group, or nullptr: the row's own
+  float inverse;       // 1/√(mean of squares + epsilon)
 
   OCTAVO_INLINE Vec summed(int k) const { return skip != nullptr ? add(load(x + k), load(skip + k)) : load(x + k); }
   OCTAVO_INLINE Vec at(int k) const {
@@ -72,6 +76,20 @@ OCTAVO_INLINE std::int32_t start_of(const PackedWeight& w, std::int32_t total) {
   const std::int32_t offset = w.bits == 8 ? kByteOffset : 0;
   if (w.zero_point == kSymmetric) return -((1 << (w.bits - 1)) - offset) * total;
   return w.zero_point == kMinimum ? offset * total : -total & 0xffff;
+}
+
+// Sixteen whole numbers to where the products want them, R rows side by side.
+OCTAVO_INLINE void store_quads(std::int8_t* to, int R, Vec whole) {
+  alignas(16) std::int8_t bytes[kLanes];
+  store_int8(bytes, whole);
+  for (int quad = 0; quad < kLanes / 4; ++quad) __builtin_memcpy(to + quad * 4 * R, bytes + 4 * quad, 4);
+}
+
+// What the products need to know of a group besides its q, whose sum is `total`: whole numbers below 2^24, exact in any order.
+OCTAVO_INLINE void put_group(const PackedWeight& w, float total, float scale, int at, const Block& out) {
+  out.start[at] = start_of(w, static_cast<std::int32_t>(total));
+  out.scale[at] = scale;
+  out.sum[at] = total * scale;
 }
 
 // Groups [g0, g0 + count), count ≤ kPanelGroups, of row r of a block.
@@ -105,17 +123,35 @@ inline void quantize_panel(const PackedWeight& w, const Row& given, int g0, int 
     for (int k = 0; k < group; k += kLanes) {
       const Vec whole = nothing ? zero : sub(add(mul(load(values + g * group + k), factor), shift), shift);
       total = add(total, whole);
-      alignas(16) std::int8_t bytes[kLanes];
-      store_int8(bytes, whole);
-      std::int8_t* to = q + (g * group + k) * R;
-      for (int quad = 0; quad < kLanes / 4; ++quad) __builtin_memcpy(to + quad * 4 * R, bytes + 4 * quad, 4);
+      store_quads(q + (g * group + k) * R, R, whole);
     }
-    const float q_sum = sum(total);  // whole numbers below 2^24: exact in any order
-    const int at = (g0 + g) * R + r;
-    out.start[at] = start_of(w, static_cast<std::int32_t>(q_sum));
-    out.scale[at] = scales[g];
-    out.sum[at] = q_sum * scales[g];
+    put_group(w, sum(total), scales[g], (g0 + g) * R + r, out);
   }
+}
+
+// The same with the scales that are given.
+inline void round_panel(const PackedWeight& w, const Row& given, int g0, int count, int r, const Block& out) {
+  const Row row = given;
+  const int group = w.group, R = out.R;
+  std::int8_t* const q = out.q + static_cast<std::int64_t>(g0) * group * R + 4 * r;
+  alignas(64) float factors[kPanelGroups], totals[kPanelGroups];
+  const Vec zero = broadcast(0.0f), most = broadcast(127.0f), least = broadcast(-127.0f), shift = broadcast(12582912.0f);
+  store(factors, div(broadcast(1.0f), load_partial(row.scale + g0, count)));
+  Vec sound = zero;  // stays 0 as long as every value is a number
+  for (int g = 0; g < count; ++g) {
+    const Vec factor = broadcast(factors[g]);
+    Vec total = zero;
+    for (int k = 0; k < group; k += kLanes) {
+      const Vec v = row.at((g0 + g) * group + k);
+      sound = fma(v, zero, sound);
+      const Vec whole = sub(add(max(min(mul(v, factor), most), least), shift), shift);
+      total = add(total, whole);
+      store_quads(q + (g * group + k) * R, R, whole);
+    }
+    totals[g] = sum(total);
+  }
+  const float nothing = sum(sound);
+  for (int g = 0; g < count; ++g) put_group(w, totals[g], row.scale[g0 + g] + nothing, (g0 + g) * R + r, out);
 }
 
 inline void prepare_row(const PackedWeight& w, const Row& row, float* total, int r, const Block& out) {
@@ -131,7 +167,10 @@ inline void prepare_row(const PackedWeight& w, const Row& row, float* total, int
     return;
   }
   const int groups = w.K / w.group;
-  for (int g = 0; g < groups; g += kPanelGroups) quantize_panel(w, row, g, groups - g < kPanelGroups ? groups - g : kPanelGroups, r, out);
+  for (int g = 0; g < groups; g += kPanelGroups) {
+    const int count = groups - g < kPanelGroups ? groups - g : kPanelGroups;
+    if (row.scale != nullptr) round_panel(w, row, g, count, r, out); else quantize_panel(w, row, g, count, r, out);
+  }
 }
 
 inline void prepare(const PackedWeight& w, const Prologue& p, std::int64_t row0, int rows, const Prepared& prepared) {
@@ -139,7 +178,7 @@ inline void prepare(const PackedWeight& w, const Prologue& p, std::int64_t row0,
   Row row[kRowBlock];
   for (int r = 0; r < rows; ++r) {
     const std::int64_t at = (row0 + r) * w.K;
-    row[r] = {p.x + at, p.skip != nullptr ? p.skip + at : nullptr, p.norm_weight, 0.0f};
+    row[r] = {p.x + at, p.skip != nullptr ? p.skip + at : nullptr, p.norm_weight, p.scale, 0.0f};
   }
   if (p.norm_weight != nullptr) find_inverses(row, rows, w.K, p.epsilon);
   for (int r = 0; r < rows; ++r) prepare_row(w, row[r], p.sum != nullptr ? p.sum + (row0 + r) * w.K : nullptr, r, block);

@@ -9,12 +9,13 @@ namespace octavo {
 namespace {
 
 // A LoRA group (a stack of A and B matrices and an adapter number per row) will be added behind `residual`, its deltas to the sums.
-enum Input : std::size_t { kInput, kWeight, kNormWeight, kSkip, kBias, kResidual, kInputCount };
+enum Input : std::size_t { kInput, kWeight, kNormWeight, kSkip, kBias, kResidual, kActivationScale, kInputCount };
 
 // Names and order are those of custom_ops/contract.py; a test compares them.
 constexpr PortDefinition kInputs[] = {
     {"input", ort::kFloat, false}, {"weight", ort::kUint8, false}, {"norm_weight", ort::kFloat, true},
     {"skip", ort::kFloat, true},   {"bias", ort::kFloat, true},    {"residual", ort::kFloat, true},
+    {"activation_scale", ort::kFloat, true},
 };
 static_assert(sizeof kInputs / sizeof kInputs[0] == kInputCount);
 constexpr PortDefinition kOutputs[] = {{"output", ort::kFloat, false}, {"sum", ort::kFloat, true}};
@@ -57,7 +58,7 @@ class QuantLinear {
     OCTAVO_TRY(call.optional_output(1, shape, rank, &sum, &wants_sum));
     if (rows == 0) return Status::ok();
 
-    const Prologue prologue{in[kInput].as<float>(), in[kSkip].as<float>(), sum, in[kNormWeight].as<float>(), epsilon_};
+    const Prologue prologue{in[kInput].as<float>(), in[kSkip].as<float>(), sum, in[kNormWeight].as<float>(), epsilon_, in[kActivationScale].as<float>()};
     const Epilogue epilogue{in[kBias].as<float>(), in[kResidual].as<float>(), output, weight_.M(), static_cast<Gate>(gate_)};
     Prepared prepared{};
     OCTAVO_TRY(prepare(call, weight, prologue, rows, &prepared));
@@ -83,6 +84,18 @@ class QuantLinear {
     if (in[kBias].present()) OCTAVO_TRY(expect_shape(in[kBias], {gate_ == kNoGate ? M : 2 * M}, "(M), or (2*M) with a gate"));
     shape[input.rank - 1] = M;
     if (in[kResidual].present()) OCTAVO_TRY(expect_shape(in[kResidual], input.rank, shape, "(..., M)"));
+    return in[kActivationScale].present() ? check_scales(in[kActivationScale], K / weight->group) : Status::ok();
+  }
+
+  Status check_scales(const Tensor& scales, std::int64_t groups) const {
+    if (!int8_) return Status::invalid("input 'activation_scale' is given, and activations are float32");
+    OCTAVO_TRY(expect_shape(scales, {groups}, "(K / group_size)"));
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const float scale = scales.as<float>()[g];
+      if (std::isfinite(scale) && scale >= 0x1p-120f) continue;
+      return Status::invalid("input 'activation_scale' holds %g at %lld, must be finite and at least 2^-120", static_cast<double>(scale),
+                             static_cast<long long>(g));
+    }
     return Status::ok();
   }
 

@@ -37,6 +37,7 @@ OCTAVO_INLINE Vec mul(Vec x, Vec y) { return _mm512_mul_ps(x, y); }
 OCTAVO_INLINE Vec div(Vec x, Vec y) { return _mm512_div_ps(x, y); }
 OCTAVO_INLINE Vec fma(Vec x, Vec y, Vec z) { return _mm512_fmadd_ps(x, y, z); }
 OCTAVO_INLINE Vec max(Vec x, Vec y) { return _mm512_max_ps(x, y); }
+OCTAVO_INLINE Vec min(Vec x, Vec y) { return _mm512_min_ps(x, y); }
 OCTAVO_INLINE Vec absolute(Vec x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x); }
 OCTAVO_INLINE Vec copy_sign(Vec x, Vec s) { return _mm512_or_ps(absolute(x), _mm512_and_ps(_mm512_set1_ps(-0.0f), s)); }
 OCTAVO_INLINE Vec scale_by_power(Vec x, Vec t) {

@@ -55,6 +55,7 @@ OCTAVO_INLINE Vec div(Vec a, Vec b) { OCTAVO_EACH a.x[i] = vdivq_f32(a.x[i], b.x
 OCTAVO_INLINE Vec fma(Vec a, Vec b, Vec c) { OCTAVO_EACH c.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]); return c; }
 OCTAVO_INLINE float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // vmaxq would return a NaN in a
 OCTAVO_INLINE Vec max(Vec a, Vec b) { OCTAVO_EACH a.x[i] = larger(a.x[i], b.x[i]); return a; }
+OCTAVO_INLINE Vec min(Vec a, Vec b) { OCTAVO_EACH a.x[i] = vbslq_f32(vcltq_f32(a.x[i], b.x[i]), a.x[i], b.x[i]); return a; }
 OCTAVO_INLINE Vec absolute(Vec a) { OCTAVO_EACH a.x[i] = vabsq_f32(a.x[i]); return a; }
 OCTAVO_INLINE Vec copy_sign(Vec a, Vec sign) { OCTAVO_EACH a.x[i] = vbslq_f32(vdupq_n_u32(0x80000000u), sign.x[i], a.x[i]); return a; }
 OCTAVO_INLINE Vec scale_by_power(Vec a, Vec t) {

@@ -77,6 +77,7 @@ OCTAVO_INLINE Vec div(Vec a, Vec b) { OCTAVO_EACH a.x[i] /= b.x[i]; return a; }
 OCTAVO_INLINE Vec fma(Vec a, Vec b, Vec c) { OCTAVO_EACH a.x[i] = fma(a.x[i], b.x[i], c.x[i]); return a; }
 // b where a and b are unordered or equal, on every instruction set.
 OCTAVO_INLINE Vec max(Vec a, Vec b) { OCTAVO_EACH a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
+OCTAVO_INLINE Vec min(Vec a, Vec b) { OCTAVO_EACH a.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i]; return a; }
 OCTAVO_INLINE Vec absolute(Vec a) { OCTAVO_EACH a.x[i] = bits_to_float(float_to_bits(a.x[i]) & 0x7fffffffu); return a; }
 OCTAVO_INLINE Vec copy_sign(Vec a, Vec sign) {
   OCTAVO_EACH a.x[i] = bits_to_float((float_to_bits(a.x[i]) & 0x7fffffffu) | (float_to_bits(sign.x[i]) & 0x80000000u));
