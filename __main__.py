@@ -89,9 +89,9 @@ def compile_(
         str | None, typer.Option(metavar="SIZE", help='Raise what int4 harms most to int8, as long as quantized weights fit this, such as "90MB".'),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What gptq and --weight-budget run on: text, or token ids (.json). Default: random ids."),
+        Path | None, typer.Option(metavar="FILE", help="What gptq, --weight-budget and int8-static run on: text, or token ids (.json). Default: random ids."),
     ] = None,
-    activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups) or fp32.")] = "int8",
+    activations: Annotated[str, typer.Option(help="With quantized weights: int8 (dynamic, by groups), int8-static (calibrated) or fp32.")] = "int8",
     kv_cache: Annotated[str, typer.Option(help="auto, fp32, fp16, int8, none (no cache), or by layer: '0-1=fp16,*=int8'.")] = "auto",
     masking: Annotated[str, typer.Option(help="auto: what the mask is proved to mean; causal, none: assert it.")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence in tokens (default: the bound in the graph).")] = None,

@@ -29,6 +29,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+from ..custom_ops.contract import QUANT_LINEAR
 from ..errors import OptionError, UnsupportedError
 from ..models.artifact import GRAPH, Artifact, ArtifactWriter
 from ..models.external_data import source_sha256
@@ -194,6 +195,7 @@ def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
         for attribute in node.attribute:
             if node.op_type == "QuantLinear" and attribute.name == "activation_bits":
                 attribute.i = 32
+                del node.input[QUANT_LINEAR.input_index("activation_scale") :]
     layers = tuple(replace(layer, cache="fp32") for layer in spec.cache_layers)
     ports = tuple(_exact_port(port, layers) for port in manifest.interface.inputs)
     shapes = {port.name: port.shape for port in ports if port.role in ("cache_key", "cache_value")}
@@ -209,7 +211,7 @@ def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
 
 
 def _multiplies_in_int8(artifact: Artifact) -> bool:
-    return any(decision.feature == "activations" and decision.value == "int8" for decision in artifact.manifest.decisions)
+    return any(decision.feature == "activations" and decision.value.startswith("int8") for decision in artifact.manifest.decisions)
 
 
 def _exact_port(port: GraphPort, layers: Sequence[CacheLayer]) -> GraphPort:

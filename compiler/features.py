@@ -7,7 +7,7 @@ from collections import Counter
 from ..errors import RefusedError
 from ..models.spec import Kind
 from .ledger import Ledger
-from .options import CompileOptions
+from .options import Activations, CompileOptions
 from .rewritten import Rewritten
 
 _KINDS: dict[Kind, str] = {
@@ -15,6 +15,12 @@ _KINDS: dict[Kind, str] = {
     "contiguous": "past and present as the exporter has them, one sequence a run",
     "stateless": "the graph's own interface, no cache",
     "baseline": "the graph as it stands",
+}
+
+_DOTS: dict[Activations, str] = {
+    "int8": "int8 by groups, dynamic",
+    "int8-static": "int8 by groups, with scales from calibration",
+    "fp32": "fp32",
 }
 
 
@@ -44,9 +50,11 @@ def _weights(rewritten: Rewritten, options: CompileOptions, ledger: Ledger) -> N
         ledger.decide("weights", asked, "; ".join(outcome.notes) or "no linear was found")
         if rewritten.rounded:
             ledger.decide("quantizer", options.quantizer, f"how weights that the source doesn't store so are rounded, zero_point={options.zero_point!r}")
-        dots = "int8 by groups, dynamic" if options.activations == "int8" else "fp32"
+        dots = _DOTS[options.activations]
         ledger.decide("activations", options.activations, f"{outcome.rewritten} of {outcome.matched} weights multiply activations in {dots}")
-    elif options.quantizes and options.weights != "stored":
+        if options.activations == "int8-static" and not outcome.rewritten:
+            raise RefusedError('activations="int8-static" was asked for, and no linear of this model is quantized', hint='use activations="int8"')
+    elif options.quantizes and (options.weights != "stored" or options.activations == "int8-static"):
         raise RefusedError(
             f"weights={options.weights!r} was asked for, and this model becomes {rewritten.kind}, whose linears stay as they are",
             hint='use weights="fp32", and see the refusals with octavo inspect',

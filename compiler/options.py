@@ -17,7 +17,7 @@ from ..passes.linears.precision import Precision
 
 KVCache = Literal["auto", "fp32", "fp16", "int8"]
 Masking = Literal["auto", "causal", "none"]
-Activations = Literal["int8", "fp32"]
+Activations = Literal["int8", "int8-static", "fp32"]
 Quantizer = Literal["rtn", "search", "hqq", "gptq"]
 GROUP_SIZES = (32, 64, 128)
 
@@ -36,8 +36,10 @@ class CompileOptions:
     quantizer        how those are rounded: "rtn" (to the nearest), "search" (scales by least squared error), "hqq" (half-quadratic zero points; int4
                      with zero_point="float", int8 is searched), "gptq" (errors are made up for by what is rounded later; wants calibration text).
     weight_budget    bytes, or text such as "90MB", that all quantized weights together may take: what int4 is measured to harm most is raised to int8.
-    calibration      a file for "gptq" and weight_budget: UTF-8 text, or (.json) token ids, of which the first 16,384 tokens count. None: random ids.
-    activations      with quantized weights: "int8" (dynamic, per row and group) or "fp32" (weight-only in the strict sense).
+    calibration      a file for "gptq", weight_budget and "int8-static": UTF-8 text, or (.json) token ids, of which the first 16,384 tokens count.
+                     None: random ids ("int8-static" has to have a text).
+    activations      with quantized weights: "int8" (dynamic, per row and group), "int8-static" (scales per group from calibration, inputs smoothed) or
+                     "fp32" (weight-only in the strict sense).
     kv_cache         "fp32", "fp16", "int8", False (no cache: the decoder becomes stateless) or "auto" (fp16 where the kind has it, else fp32; recorded).
                      Or a map of layers, read in order: {"0-1": "fp16", "*": "int8"}; layers that none names are fp16.
                      An explicit format that the resulting kind can't have is an error, never a silent other one.
@@ -87,12 +89,23 @@ class CompileOptions:
         if self.calibration is not None and not isinstance(self.calibration, (str, PathLike)):
             raise OptionError(f"calibration={self.calibration!r} is no path")
         if self.calibration is not None and not self.calibrates:
-            raise OptionError("calibration= is given, and nothing calibrates", hint='quantizer="gptq" and weight_budget= do')
+            raise OptionError("calibration= is given, and nothing calibrates", hint='quantizer="gptq", weight_budget= and activations="int8-static" do')
+        if self.activations == "int8-static":
+            self._check_static()
         for name in ("paged", "flash_attention", "strict", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not True or False")
         if self.max_context is not None and (isinstance(self.max_context, bool) or not isinstance(self.max_context, int) or self.max_context < 1):
             raise OptionError(f"max_context={self.max_context!r} is not a positive number of tokens")
+
+    def _check_static(self) -> None:
+        asked = 'activations="int8-static"'
+        if not self.quantizes:
+            raise OptionError(f"{asked} rounds the inputs of quantized weights, and weights={self.weights!r} has none", hint='weights="int8"')
+        if self.calibration is None:
+            raise OptionError(f"{asked} takes its scales from a text, and none is given", hint="calibration= a file with a few thousand tokens of it")
+        if self.weight_budget is not None:
+            raise OptionError(f"{asked} changes the weights that weight_budget= measures", hint="one of them")
 
     @property
     def patterns(self) -> Mapping[str, Precision]:
@@ -119,7 +132,7 @@ class CompileOptions:
     @property
     def calibrates(self) -> bool:
         """Whether the model is run on text before it is rewritten."""
-        return self.quantizer == "gptq" or self.weight_budget is not None
+        return self.quantizer == "gptq" or self.weight_budget is not None or self.activations == "int8-static"
 
     @property
     def budget_bytes(self) -> int | None:

@@ -37,6 +37,7 @@ from ..passes.empty_past import EmptyPast
 from ..passes.fold_weights import FoldWeights
 from ..passes.linears.lower_quant import QuantizeLinears
 from ..passes.linears.rehearsal import Rehearsal
+from ..passes.linears.smooth import SmoothLinears
 from ..passes.linears.weights import WeightPlan
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
@@ -273,11 +274,18 @@ def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, i
     sums = rehearsal.sums() if rehearsal is not None and options.quantizer == "gptq" else None
     plan = WeightPlan(
         options.patterns, options.group_size, quantizer(options.quantizer, sums), options.zero_point, options.head,  # type: ignore[arg-type]
-        activation_bits=8 if options.activations == "int8" else 32,
+        activation_bits=32 if options.activations == "fp32" else 8,
     )
-    model, ids = understood.model, interface.input("input_ids")
+    port = interface.input("input_ids")
+    model, ids = understood.model, port.name if port else ""
+    if rehearsal is not None and options.activations == "int8-static":
+        smooth = SmoothLinears(plan, understood.stored, rehearsal.maxima(), ids)
+        outcome = ledger.run(smooth, model)
+        ledger.decide("smoothing", f"{outcome.rewritten} of {outcome.matched} linears", "; ".join(outcome.notes))
+        sums = None if sums is None else smooth.sums(sums)
+        plan = replace(plan, quantize=quantizer(options.quantizer, sums), maxima=smooth.maxima)
     budget = None if rehearsal is None or options.budget_bytes is None else (options.budget_bytes, rehearsal)
-    stage = QuantizeLinears(plan, understood.stored, ids.name if ids else "", budget)
+    stage = QuantizeLinears(plan, understood.stored, ids, budget)
     ledger.run(stage, model)
     if stage.raised is not None:
         ledger.decide("weight_budget", f"{len(stage.raised.units)} products in int8", str(stage.raised))

@@ -165,7 +165,7 @@ def _allowed(side: Side) -> float:
     if side.artifact is None:
         return 0.0
     manifest = side.artifact.manifest
-    rounds = manifest.weights == "rounded" or any(d.feature == "activations" and d.value == "int8" for d in manifest.decisions)
+    rounds = manifest.weights == "rounded" or any(d.feature == "activations" and d.value.startswith("int8") for d in manifest.decisions)
     limits = quality(manifest.thresholds) if rounds else tight(manifest.spec)
     return limits.relative or 0.0
 

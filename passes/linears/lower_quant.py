@@ -16,12 +16,12 @@ from onnx_ir.passes import common
 
 from ...custom_ops.contract import DOMAIN, GATES, OPSET, QUANT_EMBEDDING, QUANT_LINEAR, OpContract, WeightFormat
 from ...custom_ops.packing import QuantizedWeight, pack
+from ...errors import ModelError
 from ..build import Builder
 from ..normalize import graph_size
 from ..outcome import Outcome, PassResult
 from ..quantize.stored import Stored
 from .match import Linears, find_linears
-from .precision import precisions
 from .products import Product, products, reads_norm_alone
 from .rehearsal import Rehearsal
 from .sensitivity import Raised, raise_harmful
@@ -29,6 +29,8 @@ from .site import LinearSite, Norm, Rows
 from .split_norms import split_skip_norms
 from .weights import WeightPlan, Weights, constant_of
 
+# Inputs that never were larger have said nothing of their size.
+_NOTHING = np.float32(2.0**-100)
 # A packed weight in the graph.
 Packed = tuple[ir.Value, WeightFormat]
 
@@ -54,15 +56,13 @@ class QuantizeLinears(ir.passes.InPlacePass):
         start, (nodes, size) = perf_counter(), graph_size(model)
         split = split_skip_norms(model)
         linears = find_linears(model, self._ids)
-        precision = precisions(self._plan.patterns, linears.names)
-        if self._plan.head is not None and "head" in precision:
-            precision["head"] = self._plan.head
+        precision = self._plan.precisions(linears.names)
         if self._budget is not None:
             size, rehearsal = self._budget
             precision, self.raised = raise_harmful(linears, precision, partial(Weights, self._plan, precision, self._stored), rehearsal, size)
         weights = Weights(self._plan, precision, self._stored)
-        writer = _Writer(model, linears, self._plan.activation_bits)
-        for sites in _by_input(linears.sites):
+        writer = _Writer(model, linears, self._plan)
+        for sites in linears.by_input():
             writer.lower(sites, weights)
         writer.lower_embeddings(weights)
         if writer.written:
@@ -79,19 +79,11 @@ class QuantizeLinears(ir.passes.InPlacePass):
         return PassResult(model, bool(split or writer.written), outcome)
 
 
-def _by_input(sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
-    """Linears that read one value, in execution order of the first."""
-    found: dict[ir.Value, list[LinearSite]] = {}
-    for site in sites:
-        found.setdefault(site.input, []).append(site)
-    return list(found.values())
-
-
 class _Writer:
     """Writes nodes, and remembers which values they have replaced: what was matched names the old ones."""
 
-    def __init__(self, model: ir.Model, linears: Linears, activation_bits: int) -> None:
-        self._linears, self._activation_bits = linears, activation_bits
+    def __init__(self, model: ir.Model, linears: Linears, plan: WeightPlan) -> None:
+        self._linears, self._plan = linears, plan
         self._graph, self._build = model.graph, Builder(model.graph)
         self._replaced: dict[ir.Value, ir.Value] = {}
         self._packed: dict[tuple[tuple[ir.Value, int, int], ...], Packed] = {}
@@ -150,7 +142,7 @@ class _Writer:
         if residual is not None and residual.sum in self._replaced:
             residual = None  # of two products that are summed, the first has taken the sum
         given: dict[str, ir.Value | None] = {"input": self._now(product.input), "weight": weight, "bias": self._bias(product)}
-        attributes: dict[str, int | float] = {**fmt.attributes(), "activation_bits": self._activation_bits}
+        attributes: dict[str, int | float] = {**fmt.attributes(), "activation_bits": self._plan.activation_bits}
         attributes["gate"] = GATES.index(product.gate.activation) if product.gate is not None else 0
         added = None
         if norm is not None:
@@ -161,6 +153,8 @@ class _Writer:
             given["input"], given["skip"] = self._now(added[0]), self._now(added[1])
         if residual is not None:
             given["residual"] = self._now(residual.other)
+        if self._plan.maxima is not None:
+            given["activation_scale"] = self._activation_scale(product, fmt.group_size)
         with self._build.before(product.parts[0].site.node):
             out = self._op(QUANT_LINEAR, given, attributes, product.name, outputs=1 if added is None else 2)
             values = self._split(out[0], product.parts) if product.output is None else [out[0]]
@@ -190,6 +184,15 @@ class _Writer:
             for rows in product.parts
         ]
         return self._build.constant(np.concatenate(parts), f"{product.name}.bias")
+
+    def _activation_scale(self, product: Product, group_size: int) -> ir.Value:
+        """One scale a group, of the largest input seen; a group that was 0 throughout has that of the largest of all."""
+        assert self._plan.maxima is not None
+        seen = self._plan.maxima[str(product.parts[0].site.weight.name)].reshape(-1, group_size).max(axis=1)
+        if not np.isfinite(seen).all():
+            raise ModelError(f"the inputs of {product.name} are not finite on the calibration text", hint="check the model in fp32 first")
+        most = np.where(seen >= _NOTHING, seen, seen.max() if seen.max() >= _NOTHING else np.float32(1))
+        return self._build.constant((most / np.float32(127)).astype(np.float32), f"{product.name}.activation_scale")
 
     def _op(
         self, contract: OpContract, given: Mapping[str, ir.Value | None], attributes: Mapping[str, int | float], name: str, outputs: int = 1,

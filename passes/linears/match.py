@@ -39,6 +39,13 @@ class Linears:
         """All that a map of weights can name."""
         return (*(site.name for site in self.sites), *(site.name for site in self.embeddings if site.name == "embed"))
 
+    def by_input(self) -> list[list[LinearSite]]:
+        """Linears that read one value, in execution order of the first."""
+        found: dict[ir.Value, list[LinearSite]] = {}
+        for site in self.sites:
+            found.setdefault(site.input, []).append(site)
+        return list(found.values())
+
 
 def find_linears(model: ir.Model, ids: str = "input_ids") -> Linears:
     """The linears of a normalized graph in execution order. `ids` is the input that embeddings are looked up by."""

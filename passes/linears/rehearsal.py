@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -35,8 +35,8 @@ class Rehearsal:
         self._ports = {port.name: port for port in interface.inputs}
         assert self._ids is not None, "a decoder has token ids"
         found = find_linears(model, self._ids.name)
-        self._sites = [site for site in found.sites if not site.packed]
-        self._weights = {str(site.weight.name) for site in self._sites} | {str(table.weight.name) for table in found.embeddings}
+        self._sites = found.sites
+        self._weights = {str(site.weight.name) for site in self._sites if not site.packed} | {str(table.weight.name) for table in found.embeddings}
         self._inputs = list(dict.fromkeys(site.input for site in self._sites))
         logits = interface.output("logits")
         assert logits is not None, "a decoder has logits"
@@ -50,16 +50,36 @@ class Rehearsal:
     def sums(self) -> dict[str, Array]:
         """XᵀX [K, K] of each linear's inputs over all tokens, by the name of its weight (linears of one input share an array).
 
-        Memory: 4·K² bytes for each distinct input.
+        Memory: 4·K² bytes for each distinct input. Weights of MatMulNBits, which nobody rounds again by them, have none.
         """
+        sites = [site for site in self._sites if not site.packed]
+        sums = {site.input: np.zeros((site.K, site.K), np.float32) for site in sites}
+        for value, rows in self._rows():
+            if value in sums:
+                sums[value] += rows.T @ rows
+        return {str(site.weight.name): sums[site.input] for site in sites}
+
+    def maxima(self) -> dict[str, Array]:
+        """The largest magnitude [K] of each linear's inputs over all tokens, by the name of its weight. NaN where one was none.
+
+        Linears of one weight have one array, of both inputs.
+        """
+        found: dict[ir.Value, Array] = {}
+        for value, rows in self._rows():
+            most = np.abs(rows).max(axis=0)
+            found[value] = np.maximum(found[value], most) if value in found else most
+        maxima: dict[str, Array] = {}
+        for site in self._sites:
+            name, most = str(site.weight.name), found[site.input]
+            maxima[name] = np.maximum(maxima[name], most) if name in maxima else most
+        return maxima
+
+    def _rows(self) -> Iterator[tuple[ir.Value, Array]]:
+        """Inputs of linears and their rows [tokens, K], piece by piece of the text."""
         runner = self._prepared["inputs"].open(threads=0)
-        sums = [np.zeros((site.K, site.K), np.float32) for site in (next(site for site in self._sites if site.input is value) for value in self._inputs)]
         for tokens in self._pieces:
-            for total, rows in zip(sums, runner.run(self._feeds("inputs", tokens))):
-                flat = rows.reshape(-1, total.shape[0])
-                total += flat.T @ flat
-        by_input = dict(zip(self._inputs, sums))
-        return {str(site.weight.name): by_input[site.input] for site in self._sites}
+            for value, rows in zip(self._inputs, runner.run(self._feeds("inputs", tokens))):
+                yield value, rows.reshape(-1, rows.shape[-1])
 
     def knows(self, name: str) -> bool:
         """Whether a linear or an embedding on the way to the logits has a weight of this name."""

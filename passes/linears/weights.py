@@ -18,7 +18,7 @@ from ..quantize.grid import on_grid
 from ..quantize.groups import Bits, GroupSize, Scheme, scheme_of
 from ..quantize.methods import Quantizer
 from ..quantize.stored import Stored, read_nbits, same_values
-from .precision import Precision
+from .precision import Precision, precisions
 from .site import EmbeddingSite, LinearSite
 
 _BITS: dict[Precision, Bits] = {"int8": 8, "int4": 4}
@@ -34,6 +34,8 @@ class WeightPlan:
     quantize    how the others are rounded
     head        what the head is stored as, whatever the patterns say; None: what they say
     activation_bits  8: rows are rounded to int8 by groups; 32: they stay float32
+    maxima      with int8: the largest magnitudes of each linear's inputs, float32 [K], by the name of its weight, whose groups are the scales. None:
+                every row has scales of its own
     """
 
     patterns: Mapping[str, Precision]
@@ -42,6 +44,14 @@ class WeightPlan:
     int4_zero: ZeroPoint = "none"
     head: Precision | None = None
     activation_bits: int = 8
+    maxima: Mapping[str, NDArray[np.float32]] | None = None
+
+    def precisions(self, names: Sequence[str]) -> dict[str, Precision]:
+        """The precision of each name. Raises as `precision.precisions`."""
+        found = precisions(self.patterns, names)
+        if self.head is not None and "head" in found:
+            found["head"] = self.head
+        return found
 
     def scheme(self, precision: Precision, K: int) -> Scheme:
         """How a matrix of K inputs is rounded to `precision`."""

@@ -43,6 +43,19 @@ def test_the_sums_are_those_of_the_inputs(hessians: dict[str, np.ndarray]) -> No
     assert len(hessians) == 15 and hessians["model.layers.1.mlp.down_proj.weight"].shape == (96, 96)
 
 
+def test_the_maxima_are_those_of_the_inputs(tiny_onnx: Path) -> None:
+    model = read_onnx(tiny_onnx / "model.onnx")
+    Normalize()(model)
+    found = Rehearsal(model, graph_interface(model), TEXT).maxima()
+    table, norm = (model.graph.initializers[f"model.{name}.weight"].const_value.numpy() for name in ("embed_tokens", "layers.0.input_layernorm"))
+    rows = table[np.concatenate([np.array(tokens) for tokens in TEXT])].astype(np.float64)
+    rows = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5) * norm
+    np.testing.assert_allclose(found["model.layers.0.self_attn.q_proj.weight"], np.abs(rows).max(axis=0), rtol=1e-5)
+    assert len(found) == 15 and found["model.layers.1.mlp.down_proj.weight"].shape == (96,)
+    first = Rehearsal(model, graph_interface(model), TEXT[:1]).maxima()
+    assert all((found[name] >= first[name]).all() for name in found) and any((found[name] > first[name]).any() for name in found)
+
+
 def test_gptq_is_nearer_than_rounding(hessians: dict[str, np.ndarray]) -> None:
     """On text that it has not seen, of the same kind: the logits move less."""
     model = token_flat("llama")
