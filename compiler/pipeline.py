@@ -38,6 +38,7 @@ from ..passes.fold_weights import FoldWeights
 from ..passes.linears.lower_quant import QuantizeLinears
 from ..passes.linears.rehearsal import Rehearsal
 from ..passes.linears.smooth import SmoothLinears
+from ..passes.linears.stretches import Stretches
 from ..passes.linears.weights import WeightPlan
 from ..passes.logits import LogitRows
 from ..passes.normalize import FoldDequantize, Normalize
@@ -235,13 +236,13 @@ def _paged(understood: Understood, options: CompileOptions, ledger: Ledger) -> R
         return None
     if plan.frozen:
         ledger.decide("rotary", "frozen", plan.frozen)
-    model, rehearsal = understood.model, _rehearsal(understood, plan.spec.vocab_size, options, ledger)
+    model, rehearsed = understood.model, _rehearsed(understood, plan.spec.vocab_size, options, ledger)
     for stage in (LowerPaged(plan), LogitRows(plan), CacheInterface(plan), Cleanup()):
         ledger.run(stage, model)
     verified = ledger.run(Verify(plan.interface), model)
     if verified.refusals:
         raise AssertionError(f"the token-flat graph does not hold what was planned: {verified.refusals[0]}")
-    rounded = _quantize(understood, options, ledger, plan.interface, rehearsal)
+    rounded = _quantize(understood, options, ledger, plan.interface, rehearsed)
     for stage in (PackedRows(), Cleanup()):
         ledger.run(stage, model)
     broken = contract_refusals(model, plan.interface)
@@ -258,23 +259,28 @@ def _sees_ahead(understood: Understood) -> AttentionSite | None:
     return next((site for site in understood.sites if site.mask.kind in ("bidirectional", "prefix")), None)
 
 
-def _rehearsal(understood: Understood, vocab_size: int, options: CompileOptions, ledger: Ledger) -> Rehearsal | None:
-    """The graph as it is now, on calibration text; None where nothing asks for it."""
+def _rehearsed(understood: Understood, vocab_size: int, options: CompileOptions, ledger: Ledger) -> tuple[Rehearsal | None, Stretches | None]:
+    """The graph as it is now, on calibration text: for what is measured of it, and for GPTQ. None where nothing asks for it."""
     if not (options.quantizes and options.calibrates):
-        return None
+        return None, None
     calibration = read_calibration(options.calibration, understood.folder, vocab_size)
     ledger.decide("calibration", "text" if options.calibration is not None else "random", calibration.words)
-    return Rehearsal(understood.model, understood.observation.interface, calibration.sequences)
+    model, interface, texts = understood.model, understood.observation.interface, calibration.sequences
+    measured = options.weight_budget is not None or options.activations == "int8-static"
+    rehearsal = Rehearsal(model, interface, texts) if measured else None
+    return rehearsal, Stretches(model, interface, texts, understood.sites) if options.quantizer == "gptq" else None
 
 
-def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface, rehearsal: Rehearsal | None) -> bool:
+def _quantize(
+    understood: Understood, options: CompileOptions, ledger: Ledger, interface: GraphInterface, rehearsed: tuple[Rehearsal | None, Stretches | None],
+) -> bool:
     """Linears to QuantLinear, after the rows were proved apart: the op computes each row by itself. True where weights were rounded."""
     if not options.quantizes:
         return False
-    sums = rehearsal.sums() if rehearsal is not None and options.quantizer == "gptq" else None
+    rehearsal, stretches = rehearsed
     plan = WeightPlan(
-        options.patterns, options.group_size, quantizer(options.quantizer, sums), options.zero_point, options.head,  # type: ignore[arg-type]
-        activation_bits=32 if options.activations == "fp32" else 8,
+        options.patterns, options.group_size, quantizer(options.quantizer, stretches), options.zero_point, options.head,  # type: ignore[arg-type]
+        activation_bits=32 if options.activations == "fp32" else 8, trial=quantizer("search") if stretches is not None else None,
     )
     port = interface.input("input_ids")
     model, ids = understood.model, port.name if port else ""
@@ -282,11 +288,13 @@ def _quantize(understood: Understood, options: CompileOptions, ledger: Ledger, i
         smooth = SmoothLinears(plan, understood.stored, rehearsal.maxima(), ids)
         outcome = ledger.run(smooth, model)
         ledger.decide("smoothing", f"{outcome.rewritten} of {outcome.matched} linears", "; ".join(outcome.notes))
-        sums = None if sums is None else smooth.sums(sums)
-        plan = replace(plan, quantize=quantizer(options.quantizer, sums), maxima=smooth.maxima)
+        plan = replace(plan, quantize=quantizer(options.quantizer, None if stretches is None else smooth.inputs(stretches)), maxima=smooth.maxima)
     budget = None if rehearsal is None or options.budget_bytes is None else (options.budget_bytes, rehearsal)
     stage = QuantizeLinears(plan, understood.stored, ids, budget)
     ledger.run(stage, model)
+    if stretches is not None:
+        heard = f"{stretches.averaged} of {len(understood.sites)} attentions' values are rounded for averages of their inputs"
+        ledger.decide("gptq", "in order", f"linears are rounded for inputs behind those rounded before; {heard}")
     if stage.raised is not None:
         ledger.decide("weight_budget", f"{len(stage.raised.units)} products in int8", str(stage.raised))
     ledger.run(Cleanup(), model)

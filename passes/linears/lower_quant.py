@@ -7,6 +7,7 @@ order); the norm and the gate are computed by the op's own rules, which the cont
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -59,7 +60,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
         precision = self._plan.precisions(linears.names)
         if self._budget is not None:
             size, rehearsal = self._budget
-            precision, self.raised = raise_harmful(linears, precision, partial(Weights, self._plan, precision, self._stored), rehearsal, size)
+            trial = replace(self._plan, quantize=self._plan.trial or self._plan.quantize)
+            precision, self.raised = raise_harmful(linears, precision, partial(Weights, trial, precision, self._stored), rehearsal, size)
         weights = Weights(self._plan, precision, self._stored)
         writer = _Writer(model, linears, self._plan)
         for sites in linears.by_input():

@@ -9,32 +9,25 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...errors import RequestError
 from ...models.interface import GraphInterface
 from ..extract import ConeRunner, PreparedCone, cone, ort_value, prepare
-from ..probe import Probe, feed_of
 from .match import find_linears
+from .pieces import Pieces
 
 Array = NDArray[np.float32]
-# Rows that a run keeps at once: the inputs of all linears are its outputs.
-_TOKENS = 512
 
 
 class Rehearsal:
     """A decoder that was normalized and dequantized, prepared before any target changes it. It isn't changed here either.
 
-    Each sequence of token ids runs by itself with an empty cache, in pieces of 512 tokens that don't see each other.
+    Each sequence of token ids runs by itself with an empty cache, in pieces that don't see each other.
     Raises RequestError where there are no tokens.
     """
 
     def __init__(self, model: ir.Model, interface: GraphInterface, sequences: Sequence[Sequence[int]]) -> None:
-        self._pieces = [list(tokens[at : at + _TOKENS]) for tokens in sequences for at in range(0, len(tokens), _TOKENS)]
-        if not self._pieces:
-            raise RequestError("the calibration text has no tokens", hint="a few thousand tokens of plain text serve")
-        self._ids = interface.input("input_ids")
-        self._ports = {port.name: port for port in interface.inputs}
-        assert self._ids is not None, "a decoder has token ids"
-        found = find_linears(model, self._ids.name)
+        self._text = Pieces(interface, sequences)
+        self._pieces = self._text.tokens
+        found = find_linears(model, self._text.ids)
         self._sites = found.sites
         self._weights = {str(site.weight.name) for site in self._sites if not site.packed} | {str(table.weight.name) for table in found.embeddings}
         self._inputs = list(dict.fromkeys(site.input for site in self._sites))
@@ -46,18 +39,6 @@ class Rehearsal:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self._pieces))
-
-    def sums(self) -> dict[str, Array]:
-        """XᵀX [K, K] of each linear's inputs over all tokens, by the name of its weight (linears of one input share an array).
-
-        Memory: 4·K² bytes for each distinct input. Weights of MatMulNBits, which nobody rounds again by them, have none.
-        """
-        sites = [site for site in self._sites if not site.packed]
-        sums = {site.input: np.zeros((site.K, site.K), np.float32) for site in sites}
-        for value, rows in self._rows():
-            if value in sums:
-                sums[value] += rows.T @ rows
-        return {str(site.weight.name): sums[site.input] for site in sites}
 
     def maxima(self) -> dict[str, Array]:
         """The largest magnitude [K] of each linear's inputs over all tokens, by the name of its weight. NaN where one was none.
@@ -103,12 +84,7 @@ class Rehearsal:
         return _log_softmax(self._logits.run(self._feeds("logits", self._pieces[0]))[0])
 
     def _feeds(self, which: str, tokens: Sequence[int]) -> dict[str, NDArray[np.generic]]:
-        probe = Probe(1, len(tokens), 0)
-        feeds = {str(leaf.name): feed_of(self._ports[str(leaf.name)], leaf, probe) for leaf in self._prepared[which].leaves}
-        assert self._ids is not None
-        if self._ids.name in feeds:
-            feeds[self._ids.name] = np.array([tokens], feeds[self._ids.name].dtype)
-        return feeds
+        return self._text.feeds(self._prepared[which].leaves, tokens)
 
 
 def _prepared(model: ir.Model, outputs: Sequence[ir.Value]) -> PreparedCone:

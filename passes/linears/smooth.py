@@ -12,6 +12,7 @@ the source stores.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
@@ -23,6 +24,7 @@ from ..build import Builder
 from ..normalize import graph_size
 from ..outcome import Outcome, PassResult, Refusal
 from ..quantize.grid import on_grid
+from ..quantize.methods import Inputs, Seen
 from ..quantize.stored import Stored
 from .match import Linears, find_linears
 from .precision import Precision
@@ -50,6 +52,7 @@ class SmoothLinears(ir.passes.InPlacePass):
         self._plan, self._stored, self._ids = plan, stored, ids
         self.maxima = dict(maxima)
         self.factors: dict[str, Array] = {}
+        self._divided: dict[str, Array] = {}
 
     def call(self, model: ir.Model) -> PassResult:
         start, (nodes, size) = perf_counter(), graph_size(model)
@@ -76,9 +79,9 @@ class SmoothLinears(ir.passes.InPlacePass):
         )
         return PassResult(model, bool(smoothed), outcome)
 
-    def sums(self, sums: Mapping[str, Array]) -> dict[str, Array]:
-        """XᵀX of the smoothed inputs, out of that of the graph's own."""
-        return {name: found / np.outer(s, s) if (s := self.factors.get(name)) is not None else found for name, found in sums.items()}
+    def inputs(self, unsmoothed: Inputs) -> Inputs:
+        """What the smoothed linears read, out of what those of the graph as it was do."""
+        return _Smoothed(unsmoothed, self.factors, self._divided)
 
     def _why_not(self, sites: Sequence[LinearSite], source: Norm | GateSite | None, precision: Mapping[str, Precision]) -> str | Refusal | None:
         """Why the input of `sites` can't be smoothed; None where it can."""
@@ -117,8 +120,26 @@ class SmoothLinears(ir.passes.InPlacePass):
         up, rows = source.up.site, np.ones(source.up.site.M, np.float32)
         rows[source.up.start : source.up.stop] = 1 / s
         _scale(up.weight, rows, 0 if up.transposed else 1)
+        self._divided[str(up.weight.name)] = rows
         if up.bias is not None:
             _scale(up.bias, rows, 0)
+
+
+@dataclass(frozen=True)
+class _Smoothed:
+    """Weights whose inputs j were multiplied by `columns`, and outputs i by `rows`, each by the weight's name."""
+
+    unsmoothed: Inputs
+    columns: Mapping[str, Array]
+    rows: Mapping[str, Array]
+
+    def seen(self, name: str) -> Sequence[Seen] | None:
+        found, s = self.unsmoothed.seen(name), self.columns.get(name)
+        return found if found is None or s is None else [Seen(part.rows, part.hessian / np.outer(s, s)) for part in found]
+
+    def rounded(self, name: str, values: Array) -> None:
+        rows, s = self.rows.get(name, np.ones(len(values), np.float32)), self.columns.get(name, np.ones(values.shape[1], np.float32))
+        self.unsmoothed.rounded(name, values / rows[:, None] / s)
 
 
 def factors(inputs: Array, weights: Array) -> Array:

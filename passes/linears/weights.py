@@ -32,6 +32,7 @@ class WeightPlan:
     group_size  of what is quantized here: what is stored quantized keeps its own. None: 64, or 32 where 64 doesn't divide the inputs
     int4_zero   what a group of int4 has besides its scale; int8 is symmetric
     quantize    how the others are rounded
+    trial       how they are to measure what harm that does; None: likewise
     head        what the head is stored as, whatever the patterns say; None: what they say
     activation_bits  8: rows are rounded to int8 by groups; 32: they stay float32
     maxima      with int8: the largest magnitudes of each linear's inputs, float32 [K], by the name of its weight, whose groups are the scales. None:
@@ -45,6 +46,7 @@ class WeightPlan:
     head: Precision | None = None
     activation_bits: int = 8
     maxima: Mapping[str, NDArray[np.float32]] | None = None
+    trial: Quantizer | None = None
 
     def precisions(self, names: Sequence[str]) -> dict[str, Precision]:
         """The precision of each name. Raises as `precision.precisions`."""

@@ -56,8 +56,8 @@ def inverse_factor(hessian: NDArray[Any]) -> Array:
     dead = H[diagonal, diagonal] <= 0  # an input that is never anything but 0: it takes no error from others, and gives none
     H[dead, dead] = 1.0
     H[diagonal, diagonal] += DAMPING * H[diagonal, diagonal].mean()
-    lower = np.linalg.inv(np.linalg.cholesky(H))
-    return np.linalg.cholesky(lower.T @ lower).T.astype(np.float32)
+    # With H = RRᵀ and R upper triangular, which is the lower factor of H turned around, H⁻¹ = (R⁻¹)ᵀR⁻¹.
+    return np.linalg.inv(np.linalg.cholesky(H[::-1, ::-1])[::-1, ::-1]).astype(np.float32)
 
 
 def _rounded_in_turn(weight: Array, factor: Array, scheme: Scheme, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint8], Fit]:

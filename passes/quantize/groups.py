@@ -70,6 +70,12 @@ def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(parts[0], q=q, scales=scales, zero_points=zero_points, minimums=minimums)
 
 
+def taken(weight: QuantizedWeight, rows: NDArray[np.intp]) -> QuantizedWeight:
+    """Some rows of a matrix, in an order of their own."""
+    zero_points, minimums = (None if found is None else found[rows] for found in (weight.zero_points, weight.minimums))
+    return replace(weight, q=weight.q[rows], scales=weight.scales[rows], zero_points=zero_points, minimums=minimums)
+
+
 def check_weight(weight: NDArray[Any], scheme: Scheme, name: str) -> NDArray[np.float32]:
     """`weight` [M, K] as contiguous float32. ModelError: NaN or infinity; OptionError: the groups don't divide K. Both name the tensor."""
     assert weight.ndim == 2, f"{name} is no matrix: {weight.shape}"

@@ -98,7 +98,7 @@ def test_smoothed_inputs_are_what_gptq_sees(folder: Path, tmp_path: Path, monkey
     """With XᵀX of the inputs as they were it makes up for the wrong errors."""
     options = {"quantizer": "gptq", "weights": {"*": "int4"}, "group_size": 32, "zero_point": "none"}
     _compile(folder, tmp_path / "right", **options)
-    monkeypatch.setattr(smooth.SmoothLinears, "sums", lambda self, sums: dict(sums))
+    monkeypatch.setattr(smooth.SmoothLinears, "inputs", lambda self, unsmoothed: unsmoothed)
     _compile(folder, tmp_path / "wrong", **options)
     assert _error(folder, tmp_path / "right") < _error(folder, tmp_path / "wrong")
 

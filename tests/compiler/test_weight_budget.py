@@ -72,6 +72,16 @@ def test_the_measure_repeats_and_a_large_budget_raises_everything(folder: Path, 
     assert (tmp_path / "all" / "model.onnx.data").read_bytes() == (tmp_path / "again" / "model.onnx.data").read_bytes()
 
 
+def test_with_gptq_harm_is_measured_by_searched_scales(folder: Path, tmp_path: Path) -> None:
+    """GPTQ rounds in order, once: what it would make of one product alone is not asked."""
+    given = {"weight_budget": 90_000, "calibration": folder / "ids.json"}
+    searched, bits, size = _compile(folder, tmp_path / "search", quantizer="search", **given)
+    in_order, same_bits, same_size = _compile(folder, tmp_path / "gptq", quantizer="gptq", **given)
+    assert (bits, size) == (same_bits, same_size) and searched["weight_budget"] == in_order["weight_budget"]
+    assert in_order["gptq"].value == "in order" and "3 of 3 attentions" in in_order["gptq"].reason
+    assert _error(folder, tmp_path / "gptq") < _error(folder, tmp_path / "search")
+
+
 def test_only_what_is_rounded_to_int4_is_raised(folder: Path, tmp_path: Path) -> None:
     decided, bits, _ = _compile(folder, tmp_path / "some", weights={"head": "fp32", "layers.0.*": "int8", "*": "int4"}, weight_budget="1MB")
     assert set(bits) == {8} and "9 of 9 products" in decided["weight_budget"].reason        # two layers of four, and the table of embeddings

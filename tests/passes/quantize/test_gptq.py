@@ -7,7 +7,7 @@ import pytest
 from octavo.errors import ModelError, OptionError
 from octavo.passes.quantize.gptq import calibration_error, gptq, inverse_factor
 from octavo.passes.quantize.groups import Scheme
-from octavo.passes.quantize.methods import quantizer
+from octavo.passes.quantize.methods import Seen, quantizer
 from octavo.passes.quantize.rtn import rtn
 from octavo.passes.quantize.search import search
 
@@ -63,13 +63,48 @@ def test_a_calibration_that_is_not_finite_is_refused_by_name() -> None:
         gptq(weight, Scheme(4, 32), hessian, "layers.1.mlp.down")
 
 
+def test_the_factor_is_that_of_the_inverse() -> None:
+    _, inputs = weight_and_inputs()
+    hessian = (inputs.T @ inputs).astype(np.float64)
+    damped = hessian + 0.01 * np.diag(hessian).mean() * np.eye(len(hessian))
+    factor = inverse_factor(hessian).astype(np.float64)
+    assert (np.tril(factor, -1) == 0).all() and (np.diag(factor) > 0).all()
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(len(damped)), atol=1e-4)
+
+
+class Fixed:
+    """Inputs that don't depend on what was rounded."""
+
+    def __init__(self, seen: dict[str, list[Seen]]) -> None:
+        self.known, self.told = seen, dict[str, np.ndarray]()
+
+    def seen(self, name: str) -> list[Seen] | None:
+        return self.known.get(name)
+
+    def rounded(self, name: str, values: np.ndarray) -> None:
+        self.told[name] = values
+
+
 def test_quantizers_by_name() -> None:
     weight, inputs = weight_and_inputs()
     scheme, hessian = Scheme(4, 32, "float"), inputs.T @ inputs
-    calibrated = quantizer("gptq", {"w": hessian})
-    assert np.array_equal(calibrated(weight, scheme, "w").q, gptq(weight, scheme, hessian).q)
+    fixed = Fixed({"w": [Seen(np.arange(40), hessian)]})
+    calibrated = quantizer("gptq", fixed)
+    found = calibrated(weight, scheme, "w")
+    assert np.array_equal(found.q, gptq(weight, scheme, hessian).q)
     assert np.array_equal(calibrated(weight, scheme, "a table").q, search(weight, scheme).q)
+    assert list(fixed.told) == ["w"] and np.array_equal(fixed.told["w"], found.dequantize())
     assert np.array_equal(quantizer("rtn")(weight, scheme, "w").q, rtn(weight, scheme).q)
-    for method, hessians in (("gptq", None), ("rtn", {}), ("awq", None)):
+    for method, given in (("gptq", None), ("rtn", fixed), ("awq", None)):
         with pytest.raises(OptionError, match=f"method='{method}'"):
-            quantizer(method, hessians)  # type: ignore[arg-type]
+            quantizer(method, given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_that_read_something_else_are_rounded_for_it(scheme: Scheme) -> None:
+    weight, inputs = weight_and_inputs()
+    hessians = (inputs.T @ inputs, inputs[:50].T @ inputs[:50])
+    rows = (np.arange(40)[::-3], np.setdiff1d(np.arange(40), np.arange(40)[::-3]))
+    found = quantizer("gptq", Fixed({"w": [Seen(*part) for part in zip(rows, hessians)]}))(weight, scheme, "w").dequantize()
+    for part, hessian in zip(rows, hessians):
+        assert np.array_equal(found[part], gptq(weight[part], scheme, hessian).dequantize())
