@@ -17,6 +17,8 @@ from octavo.passes.linears import averages
 from octavo.passes.linears.lower_quant import QuantizeLinears
 from octavo.passes.linears.match import find_linears
 from octavo.passes.linears.pieces import Pieces
+from octavo.passes.linears.rehearsal import Rehearsal
+from octavo.passes.linears.smooth import SmoothLinears
 from octavo.passes.linears.stretches import Stretches
 from octavo.passes.linears.weights import WeightPlan
 from octavo.passes.normalize import FoldDequantize, Normalize
@@ -83,6 +85,23 @@ def test_inputs_are_those_behind_rounded_linears(source: Source) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3 * np.abs(expected[name]).max())
     assert np.abs(found[order[-1]] - plain[order[-1]]).max() > 0.01 * np.abs(plain[order[-1]]).max()
     assert stretches.seen(order[0]) is None and stretches.seen("no weight") is None
+
+
+def test_a_smoothed_graph_reads_smoothed_inputs_and_tells_its_weights_as_they_were(source: Source) -> None:
+    """Weights that only were smoothed change nothing of what comes: factors on both sides, of inputs and of outputs, are taken back."""
+    model, _ = source()
+    plain, order = sums(model), names(model)
+    stretches, maxima = Stretches(model, graph_interface(model), TEXT), Rehearsal(model, graph_interface(model), TEXT).maxima()
+    smooth = SmoothLinears(WeightPlan({"*": "int8"}, 32, quantizer("rtn")), {}, maxima)
+    smooth(model)
+    inputs, sites = smooth.inputs(stretches), {str(site.weight.name): site for site in find_linears(model).sites}
+    assert any("up_proj" in name for name in smooth.factors) and any("down_proj" in name for name in smooth.factors)
+    for name in order:
+        s = smooth.factors.get(name, np.ones(sites[name].K, np.float32))
+        (seen,) = inputs.seen(name) or ()
+        np.testing.assert_allclose(seen.hessian, plain[name] / np.outer(s, s), rtol=1e-3, atol=1e-3 * np.abs(plain[name] / np.outer(s, s)).max())
+        weight = weight_of(model, name)
+        inputs.rounded(name, weight if sites[name].transposed else weight.T)
 
 
 def outputs(model: ir.Model, value: ir.Value, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
