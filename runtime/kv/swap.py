@@ -68,11 +68,12 @@ class SwapSpace:
         aside = self._held[blocks]
         if aside.length > start:
             first = start // self._tables.block_size
-            skipped = [bisect_left(places, first) for places in aside.indices]
+            stop = self._tables.count(aside.length)     # a truncated one has more
+            wanted: list[slice | list[int]] = [slice(bisect_left(places, first), bisect_left(places, stop)) for places in aside.indices]
             extension = self._tables.extend(blocks, start, aside.length)
             try:
-                targets = [[table[index] for index in places[skip:]] for table, places, skip in zip(blocks.tables, aside.indices, skipped)]
-                self._store.write(targets, self._store.pick(aside.arrays, [slice(skip, None) for skip in skipped]))
+                targets = [[table[index] for index in places[part]] for table, places, part in zip(blocks.tables, aside.indices, wanted)]
+                self._store.write(targets, self._store.pick(aside.arrays, wanted))
             except BaseException:
                 self._tables.rollback(extension)
                 raise
@@ -109,7 +110,7 @@ class SwapSpace:
         seen = self._tables.seen(length)
         if not all(set(wanted) <= set(places) for wanted, places in zip(seen, aside.indices)):
             length, seen = 0, self._tables.seen(0)
-        chosen = [[places.index(index) for index in wanted] for wanted, places in zip(seen, aside.indices)]
+        chosen: list[slice | list[int]] = [[places.index(index) for index in wanted] for wanted, places in zip(seen, aside.indices)]
         return length, self._store.pick(aside.arrays, chosen)
 
     def check(self) -> None:

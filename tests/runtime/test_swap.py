@@ -56,10 +56,14 @@ def test_an_idle_sequence_comes_back(tools, paths, name):
         fork = held.fork()
         assert model.stats()["swap_bytes"] == once > 0, "a fork shares it"
         fork.truncate(50)
+        third = held.fork()
+        third.truncate(45)      # a block less than was put aside
         np.testing.assert_array_equal(held.append(ids[52:60], rows="all"), rows[52:60])
         np.testing.assert_array_equal(fork.append(ids[50:53], rows="all"), rows[50:53])
         assert model.stats()["tokens"] == tokens + 8 + 3, "nothing was computed twice"
         fork.close()
+        np.testing.assert_array_equal(third.append(ids[45:47], rows="all"), rows[45:47])
+        third.close()
         push_out()
         held.close()
         assert model.stats()["swap_bytes"] == 0
