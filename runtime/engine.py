@@ -146,6 +146,7 @@ class Engine:
         """Under the turn. The invariants of scheduler and executor."""
         self._scheduler.check()
         self.executor.check()
+        assert not any(request.done for request in self._timed), "a deadline outlives its request"
 
     def rest(self, sequence: SequenceState) -> None:
         """Under the turn. Nobody computes this sequence for now: what it has cached may be dropped where room lacks."""

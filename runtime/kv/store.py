@@ -62,7 +62,7 @@ class BlockStore:
         for (group, array), blocks in zip(self._arrays(), arrays, strict=True):
             array[tables[group]] = blocks
 
-    def pick(self, arrays: Sequence[NDArray[np.generic]], rows: Sequence[slice | list[int]]) -> list[NDArray[np.generic]]:
+    def pick(self, arrays: Sequence[NDArray[np.generic]], rows: Sequence[slice] | Sequence[list[int]]) -> list[NDArray[np.generic]]:
         """Of what `read` gave, the blocks `rows[group]`: copies, or views where it is a slice."""
         return [array[rows[group]] for (group, _), array in zip(self._arrays(), arrays, strict=True)]
 

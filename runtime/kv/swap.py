@@ -69,7 +69,7 @@ class SwapSpace:
         if aside.length > start:
             first = start // self._tables.block_size
             stop = self._tables.count(aside.length)     # a truncated one has more
-            wanted: list[slice | list[int]] = [slice(bisect_left(places, first), bisect_left(places, stop)) for places in aside.indices]
+            wanted = [slice(bisect_left(places, first), bisect_left(places, stop)) for places in aside.indices]
             extension = self._tables.extend(blocks, start, aside.length)
             try:
                 targets = [[table[index] for index in places[part]] for table, places, part in zip(blocks.tables, aside.indices, wanted)]
@@ -110,7 +110,7 @@ class SwapSpace:
         seen = self._tables.seen(length)
         if not all(set(wanted) <= set(places) for wanted, places in zip(seen, aside.indices)):
             length, seen = 0, self._tables.seen(0)
-        chosen: list[slice | list[int]] = [[places.index(index) for index in wanted] for wanted, places in zip(seen, aside.indices)]
+        chosen = [[places.index(index) for index in wanted] for wanted, places in zip(seen, aside.indices)]
         return length, self._store.pick(aside.arrays, chosen)
 
     def check(self) -> None:

@@ -199,3 +199,17 @@ def test_the_checker_sees_broken_pools(break_it):
     break_it(pool)
     with pytest.raises(AssertionError):
         pool.check([held], [1])
+
+
+def test_what_grows_after_a_truncation_is_entered_under_its_own_tokens():
+    """Two blocks, cut to one and a half and grown otherwise to three: the third does not follow the old second."""
+    machine = Tables()
+    machine.start([None], 12, True)
+    machine.open()
+    machine.grow([(machine.live[0], [0, 1, 1, 0, 1, 1, 1, 1])], False)
+    machine.truncate(0, 6)
+    machine.grow([(machine.live[0], [0, 0, 1, 0, 1, 0])], False)
+    for tokens, length in [([0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0], 8), ([0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0], 12)]:
+        machine.adopt(None, tokens)
+        assert len(machine.live[-1][1]) == length
+        machine.holds()

@@ -219,6 +219,14 @@ def test_a_named_session_is_there_again(named, name):
         assert again.tokens == (*IDS, *NEXT)
 
 
+def test_more_than_ten_sequences_keep_their_order(named):
+    with named() as model:
+        with model.begin_session(name="a") as session:
+            sequences = [session.new_sequence() for _ in range(12)]
+            session.append_batch([(sequence, IDS[: i + 1]) for i, sequence in enumerate(sequences)])
+        assert [len(sequence) for sequence in model.begin_session(name="a").sequences] == list(range(1, 13))
+
+
 def test_a_name_is_one_sessions_at_a_time(named):
     with named() as model:
         session = model.begin_session(name="a")

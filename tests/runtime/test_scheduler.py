@@ -71,6 +71,7 @@ def step(scheduler, memory, limits):
             finish(scheduler, memory, job)
     scheduler.check()
     memory.tables.check()
+    assert not any(any(job.sequence.cache.reserved) for job in scheduler._waiting), "who waits is promised nothing"
     return schedule
 
 

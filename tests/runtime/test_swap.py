@@ -100,6 +100,21 @@ def test_before_a_window_it_is_computed_again(tools, paths, op_library):
         np.testing.assert_array_equal(held.append((PROMPTS[2] + PROMPTS[0])[30:33], rows="all"), rows[30:33])
 
 
+def test_what_lay_behind_the_window_is_not_found_by_others(tools, paths, op_library):
+    """It was not put aside, so that after coming back nobody may take its place in the table for what it was."""
+    ids = PROMPTS[2] + PROMPTS[0]
+    with tools.small_paged(paths, 8, name="paged_hybrid", swap_memory="8 MiB") as model:
+        rows = model.predict(ids[:36])
+        session = model.begin_session()
+        held = session.new_sequence()
+        held.append(ids[:64])
+        session.new_sequence().append([7] * 120)        # every block, those kept for prefixes too
+        held.append(ids[64:65])
+        assert model.stats()["swaps_in"] == 1
+        for length in (17, 20, 33, 36):
+            np.testing.assert_array_equal(session.new_sequence().append(ids[:length]), rows[length - 1 : length])
+
+
 def test_too_little_room_computes_again(tools, paths, op_library):
     """Never more bytes than were given; tokens are the same."""
     with tools.small_paged(paths, 40, prefix_cache=False) as ample:
