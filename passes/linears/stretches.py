@@ -39,6 +39,17 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class _Average:
+    """An attention whose values come from the weight `name` and the input `source`."""
+
+    name: str
+    source: str
+    attention: Averaged
+    operands: _Part
+    output: _Part
+
+
+@dataclass(frozen=True)
 class _Stretch:
     """What makes the input of `linears`, by the names of their weights. It is the first of `kept`, the outputs of `part`; the others are what
     later stretches read. Afterwards nobody reads those called `spent`.
@@ -48,7 +59,7 @@ class _Stretch:
     part: _Part
     kept: tuple[str, ...]
     spent: tuple[str, ...]
-    averages: tuple[tuple[str, Averaged, _Part, _Part], ...]
+    averages: tuple[_Average, ...]
 
     @property
     def weights(self) -> set[str]:
@@ -70,6 +81,8 @@ class Stretches:
         self._linears = {name: site for stretch in reversed(self._stretches) for name, site in stretch.linears.items()}
         self._ahead = set(self._linears)
         self._seen: dict[str, tuple[Seen, ...]] = {}
+        self._averages: dict[str, _Average] = {}    # of the last stretch: what they read is there until the next
+        self._spent: tuple[str, ...] = ()
         self._rounded: dict[str, Array] = {}
         self.averaged = 0
 
@@ -77,6 +90,8 @@ class Stretches:
         """What the linear of the weight `name` reads (of several, the first); None where there is none, and when asked for again."""
         while name in self._ahead:
             self._go_on()
+        if (average := self._averages.pop(name, None)) is not None and name in self._seen:
+            self._average(name, average)
         return self._seen.pop(name, None)
 
     def rounded(self, name: str, values: Array) -> None:
@@ -86,6 +101,9 @@ class Stretches:
 
     def _go_on(self) -> None:
         """The next stretch, for all pieces of the text."""
+        for values in self._values:
+            for name in self._spent:
+                values.pop(name, None)
         stretch = self._stretches.popleft()
         runner, K = self._opened(stretch.part), next(iter(stretch.linears.values())).K
         total = np.zeros((K, K), np.float32)
@@ -95,28 +113,25 @@ class Stretches:
             total += rows.T @ rows
         for name, site in stretch.linears.items():
             self._seen.setdefault(name, (Seen(np.arange(site.M), total),))
-        for name, average, operands, output in stretch.averages:
-            self._average(name, average, operands, output, stretch.kept[0])
-        for values in self._values:
-            for name in stretch.spent:
-                values.pop(name, None)
+        self._averages, self._spent = {average.name: average for average in stretch.averages}, stretch.spent
         self._ahead -= set(stretch.linears)
         needed = set[str]().union(*(later.weights for later in self._stretches))
         self._rounded = {name: weight for name, weight in self._rounded.items() if name in needed}
 
-    def _average(self, name: str, average: Averaged, first: _Part, second: _Part, source: str) -> None:
-        """The values' rows of a linear read averages of `source`, if they are found and the attention is linear in them."""
-        linear, (total,) = average.linear, (seen.hessian for seen in self._seen[name])
+    def _average(self, name: str, average: _Average) -> None:
+        """The values' rows of a linear read averages, if they are found and the attention is linear in them."""
+        attention, first, second = average.attention, average.operands, average.output
+        linear, (total,) = attention.linear, (seen.hessian for seen in self._seen[name])
         constant = first.prepared.constants[name].numpy()
         weight = constant if linear.transposed else constant.T
         operands, output = self._opened(first), self._opened(second)
         found, rows = np.zeros_like(total), None
         for tokens, values in list(zip(self._pieces.tokens, self._values))[:_ATTENDED]:
-            inputs = np.asarray(values[source], np.float32).reshape(-1, linear.K)
+            inputs = np.asarray(values[average.source], np.float32).reshape(-1, linear.K)
             given = [np.asarray(array, np.float32) for array in operands.run(self._feeds(first, tokens, values))]
-            rows = average.rows(inputs, weight, given) if rows is None else rows
-            feeds = {**self._feeds(second, tokens, values), **dict(zip(average.names, given))}
-            probabilities = None if rows is None else average.probabilities(given, partial(_output, output, feeds, average.names[0]))
+            rows = attention.rows(inputs, weight, given) if rows is None else rows
+            feeds = {**self._feeds(second, tokens, values), **dict(zip(attention.names, given))}
+            probabilities = None if rows is None else attention.probabilities(given, partial(_output, output, feeds, attention.names[0]))
             if rows is None or probabilities is None:
                 return
             found += averaged_sum(inputs, probabilities)
@@ -172,7 +187,10 @@ def _planned(model: ir.Model, ids: str, attentions: Sequence[AttentionSite]) -> 
     for i, (value, whole) in enumerate(zip(readers, parts)):
         kept = (value, *(other for other in last if made.get(other) == i and other is not value))
         spent = tuple(str(other.name) for other, reader in last.items() if reader == i)
-        prepared = tuple((str(each.linear.weight.name), each, _prepared(model, each.operands), _prepared(model, each.output)) for each in averages[i])
+        prepared = tuple(
+            _Average(str(each.linear.weight.name), str(value.name), each, _prepared(model, each.operands), _prepared(model, each.output))
+            for each in averages[i]
+        )
         linears = {str(site.weight.name): site for site in readers[value]}
         handed_on = _prepared(model, Cone(kept, whole.nodes, whole.leaves))
         stretches.append(_Stretch(linears, handed_on, tuple(str(other.name) for other in kept), spent, prepared))
