@@ -25,12 +25,13 @@ from peers.quality import Kept
 HEAD8, DOWN = {"head": "int8", "*": "int4"}, {"layers.*.mlp.down": "int4", "*": "fp32"}
 _PLAIN = {"group_size": 64, "zero_point": "none"}
 _METHODS = ("rtn", "search", "gptq")
-# Name → options beside kv_cache="int8". A name with "gptq" or "budget" takes the calibration text.
+# Name → options beside kv_cache="int8".
 ROWS: dict[str, dict[str, Any]] = {
     "stored fp32": {"weights": "stored", "activations": "fp32", "kv_cache": "fp32"},
     "stored": {"weights": "stored"},
     "fp32": {"weights": "fp32"},
     "int8 g32 search": {"weights": "int8", "group_size": 32},
+    "int8 g32 static activations": {"weights": "int8", "group_size": 32, "activations": "int8-static"},
     **{f"int4 minimums g64 budget {size}": {"weights": "int4", "weight_budget": size} for size in ("89MB", "100MB")},
     **{f"int4 minimums g64 head8 {method}": {"weights": HEAD8, "quantizer": method} for method in ("rtn", "search", "hqq", "gptq")},
     "int4 minimums g64 search": {"weights": {"*": "int4"}},
@@ -44,6 +45,11 @@ ROWS: dict[str, dict[str, Any]] = {
         for size in (64, 128) for method in _METHODS
     },
 }  # fmt: skip
+
+
+def calibrated(options: dict[str, Any]) -> bool:
+    """Whether a row takes the calibration text."""
+    return options.get("quantizer") == "gptq" or "weight_budget" in options or options.get("activations") == "int8-static"
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def main() -> None:
             if not any(fnmatchcase(name, pattern) for pattern in args.rows):
                 continue
             options: dict[str, Any] = {"kv_cache": "int8", **given}
-            if "gptq" in name or "budget" in name:
+            if calibrated(options):
                 options["calibration"] = args.calibration
             start = process_time()
             octavo.compile(args.model if "stored" in name else floats, folder / "art", options=octavo.CompileOptions(**options))
