@@ -1,6 +1,7 @@
 # make demo   from a bare checkout to an answer of a real model: under 5 minutes on 2 cores
 # make test   everything the tests need, then the tests: under 15
 # make ort-oldest   the oldest onnxruntime that is supported: an artifact runs on it beside nothing else, then the ops and kinds of models
+# make docs   the pictures in docs/images, drawn anew, and the site in build/site; a link that leads nowhere is an error
 # make coverage   docs/coverage.md, families × exporters: hours the first time; what is done is kept in ~/.cache/octavo-coverage
 # Needed beforehand: Python 3.11 or newer, a C++20 compiler, make. All else goes into .venv; a second call installs only what changed.
 
@@ -17,7 +18,7 @@ ROOMS   := models custom_ops passes compiler runtime
 ORT_OLDEST := 1.24.1
 VENV_ORT   := .venv-ort
 
-.PHONY: demo test lint types ort-oldest coverage clean
+.PHONY: demo test lint types ort-oldest docs coverage clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package $(VENV)/.smollm2
@@ -44,6 +45,10 @@ ort-oldest: $(VENV)/.test $(VENV_ORT)/.bare
 	cmp build/oldest/oldest.txt build/oldest/newest.txt
 	$(MAKE) $(VENV_ORT)/.tests
 	$(VENV_ORT)/bin/python -m pytest tests/custom_ops tests/runtime/test_kinds.py --ignore tests/custom_ops/test_isa.py
+
+docs: $(VENV)/.package $(VENV)/.smollm2 $(VENV)/.docs
+	$(BIN)/python docs/images/make.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # transformers 4 and 5 export differently, and Optimum works with 4 alone: it has an environment of its own, without octavo.
 coverage: $(VENV)/.export $(VENV)/.genai $(VENV4)/.optimum
@@ -80,6 +85,10 @@ $(VENV)/.export: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python
+	$(PIP) "mkdocs==1.6.*"
 	@touch $@
 
 # The wheel, and what running an artifact needs. A new one whenever the package changes, so that nothing of the tests is left in it.

