@@ -29,14 +29,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from ..custom_ops.contract import QUANT_LINEAR
+from ..custom_ops.contract import CACHE_FORMATS
 from ..errors import OptionError, UnsupportedError
 from ..models.artifact import GRAPH, Artifact, ArtifactWriter
 from ..models.external_data import source_sha256
 from ..models.interface import GraphPort
 from ..models.onnx_reader import read_onnx
 from ..models.runner import Runner
-from ..models.spec import CacheLayer
+from ..models.spec import CacheLayer, CacheName
 from ..passes.normalize import FoldDequantize
 from .check_cases import CASES, LONG, Case, Rows, Tokens, tokens_for
 from .check_inputs import seeded_inputs
@@ -180,28 +180,35 @@ def _cases(artifact: Artifact, runner: Runner, text: str | None, seed: int, note
 
 
 def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
-    """A copy of a paged artifact in `folder` with fp32 caches and fp32 activations, or None where neither rounds.
+    """A copy of a paged artifact in `folder` with fp32 caches and fp32 activations, or None where neither rounds."""
+    spec = artifact.manifest.spec
+    if artifact.manifest.kind != "paged" or spec is None:
+        return None
+    if all(layer.cache == "fp32" for layer in spec.cache_layers) and not _multiplies_in_int8(artifact):
+        return None
+    return with_cache(artifact, folder, "fp32", activation_bits=32)
+
+
+def with_cache(artifact: Artifact, folder: Path, cache: CacheName, *, activation_bits: int | None = None) -> Path:
+    """A copy of a paged artifact in `folder` with all its caches in one format, and activations of so many bits if that is given.
 
     The type of a cache is that of its graph input, from which the kernels take it, and the width of activations an attribute: nothing
     else of the graph differs.
     """
     manifest, spec = artifact.manifest, artifact.manifest.spec
-    if manifest.kind != "paged" or spec is None:
-        return None
-    if all(layer.cache == "fp32" for layer in spec.cache_layers) and not _multiplies_in_int8(artifact):
-        return None
+    assert manifest.kind == "paged" and spec is not None, "only a paged artifact has caches of ours"
     model = onnx.load_model(artifact.graph, format="protobuf", load_external_data=False)
-    for node in model.graph.node:
+    for node in model.graph.node if activation_bits is not None else ():
         for attribute in node.attribute:
             if node.op_type == "QuantLinear" and attribute.name == "activation_bits":
-                attribute.i = 32
-                del node.input[QUANT_LINEAR.input_index("activation_scale") :]
-    layers = tuple(replace(layer, cache="fp32") for layer in spec.cache_layers)
-    ports = tuple(_exact_port(port, layers) for port in manifest.interface.inputs)
-    shapes = {port.name: port.shape for port in ports if port.role in ("cache_key", "cache_value")}
+                attribute.i = activation_bits
+    layers = tuple(replace(layer, cache=cache) for layer in spec.cache_layers)
+    ports = tuple(_cache_port(port, layers) for port in manifest.interface.inputs)
+    caches = {port.name: port for port in ports if port.role in ("cache_key", "cache_value")}
     for value in model.graph.input:
-        if value.name in shapes:
-            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shapes[value.name]))
+        if value.name in caches:
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(caches[value.name].dtype))
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, dtype, caches[value.name].shape))
     with ArtifactWriter(folder) as writer:
         for name in manifest.files:
             shutil.copyfile(artifact.folder / name, writer.folder / name)
@@ -214,14 +221,15 @@ def _multiplies_in_int8(artifact: Artifact) -> bool:
     return any(decision.feature == "activations" and decision.value.startswith("int8") for decision in artifact.manifest.decisions)
 
 
-def _exact_port(port: GraphPort, layers: Sequence[CacheLayer]) -> GraphPort:
-    """A cache input as of fp32 caches; another one as it is."""
+def _cache_port(port: GraphPort, layers: Sequence[CacheLayer]) -> GraphPort:
+    """A cache input as these layers have it; another one as it is."""
     if port.role not in ("cache_key", "cache_value"):
         return port
     assert port.layer is not None
     layer = layers[port.layer]
-    shape = ("N", layer.kv_heads, layer.head_size, "P") if port.role == "cache_key" else ("N", layer.kv_heads, "P", layer.value_size)
-    return replace(port, dtype="float32", shape=shape)
+    cache = CACHE_FORMATS[layer.cache]
+    key = ("N", layer.kv_heads, cache.key_width(layer.head_size), "P")
+    return replace(port, dtype=cache.dtype, shape=key if port.role == "cache_key" else ("N", layer.kv_heads, "P", cache.value_width(layer.value_size)))
 
 
 def dequantized(source: Path, folder: Path) -> Path:

@@ -118,4 +118,5 @@ def _numbers(numbers: Numbers | None) -> dict[str, Any]:
         for case in numbers.cases
     ]
     first = [f"First divergent node: {numbers.first}."] if numbers.first else []
+    first += [f"Introduced by the pass {numbers.fault}."] if numbers.fault else []
     return {"rows": [head, *rows], "note": " ".join([*first, *numbers.notes])}

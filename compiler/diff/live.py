@@ -34,7 +34,10 @@ class LiveReader:
     def snapshot(self, model: ir.Model) -> Snapshot:
         """The canonical form of `model` as it is now."""
         mark = secrets.token_hex(8)
-        proto, large = proto_of(model, mark)
+        proto, large = proto_of(model)
+        proto.graph.initializer.extend(
+            onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape], doc_string=mark)
+            for name, tensor in large.items())
         skeleton = Skeleton(proto, secrets.token_hex(8), ())
         return read_proto(proto, _LiveConstants(Path(), skeleton, self._hasher, mark=mark, large=large, reader=self))
 
@@ -62,8 +65,8 @@ class _LiveConstants(Constants):
         return Tensor(dtype_name(proto.data_type), tuple(proto.dims), self.reader.digest(self.large[proto.name]))
 
 
-def proto_of(model: ir.Model, mark: str = "") -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
-    """The model as protobuf, but for large initializers: they have no contents, `mark` for a remark, and are given beside it.
+def proto_of(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """The model as protobuf, but for its large initializers: they are given beside it, by name.
 
     Between the passes of a lowering nodes read inputs that the graph does not declare yet: here it does.
     """
@@ -78,14 +81,10 @@ def proto_of(model: ir.Model, mark: str = "") -> tuple[onnx.ModelProto, dict[str
     large: dict[str, ir.TensorProtocol] = {}
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        if tensor is None:
-            continue
-        if tensor.nbytes <= _SMALL or tensor.dtype == ir.DataType.STRING:
+        if tensor is not None and tensor.nbytes > _SMALL and tensor.dtype != ir.DataType.STRING:
+            large[name] = tensor
+        elif tensor is not None:
             proto.graph.initializer.append(constant_proto(name, tensor))
-            continue
-        large[name] = tensor
-        proto.graph.initializer.append(
-            onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=[int(size) for size in tensor.shape], doc_string=mark))
     return proto, large
 
 

@@ -17,7 +17,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ... import custom_ops
-from ...models.artifact import GRAPH, Artifact
 from ...models.interface import GraphInterface, GraphPort
 from ..check_inputs import seeded_inputs
 from .folding import Carried
@@ -32,20 +31,25 @@ _AT_ONCE = 128
 _SMALLEST = 1e-5
 _BLOCK = 32
 _LENGTH = 40
+# Of nodes that were not compared, those that only move values are not told.
+_SHAPING = ("Reshape", "Transpose", "Shape", "Cast", "Squeeze", "Unsqueeze", "Concat", "Slice", "Identity", "Expand", "Range")
+_MOST_TOLD = 3
 
 Pair = tuple[Produced, Produced]
 
 
-class RunnableSide(Protocol):
-    """What is needed of a side: numeric's Side has it."""
+Tokens = NDArray[np.int64] | None
+"""One prompt; None for a graph that is no decoder, which gets seeded inputs."""
+
+
+class Runnable(Protocol):
+    """A graph that can be run with any of its values as outputs."""
 
     @property
-    def path(self) -> Path: ...
-    @property
     def snapshot(self) -> Snapshot: ...
-    @property
-    def artifact(self) -> Artifact | None: ...
-    def interface(self) -> GraphInterface: ...
+    def values(self, names: Sequence[str], tokens: Tokens) -> list[NDArray[Any]]:
+        """The values of these names, of one run without fusions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,34 @@ class Located:
     notes: tuple[str, ...] = ()
 
 
-def locate(before: RunnableSide, after: RunnableSide, tokens: NDArray[np.int64] | None) -> Located:
+def locate(before: Runnable, after: Runnable, tokens: Tokens) -> Located:
     """Runs both graphs on one prompt and compares them value by value. Never raises over a graph that can't be run so: a note says why."""
     matching = match(before.snapshot.graph, after.snapshot.graph)
-    pairs = list(_pairs(matching))
+    pairs = list(dict.fromkeys(_pairs(matching)))
     try:
         errors = dict(_errors(before, after, pairs, tokens))
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         return Located(None, (f"The first node that differs was not found: {str(error).strip().splitlines()[0][:200]}",))
     names = names_of(matching.before), names_of(matching.after)
+    known: dict[int, float] = {}
+    for (_, y), value in errors.items():
+        known[y.node] = max(known.get(y.node, 0.0), value)
 
-    def divergence(pair: Pair, inputs: float) -> FirstDivergent:
-        node = matching.after.nodes[pair[1].node]
-        name = names[1][pair[1].node] + (f" ({node.name})" if node.name else "")
-        return FirstDivergent(names[0][pair[0].node], name, node.op, errors[pair], inputs)
+    def named(index: int) -> str:
+        node = matching.after.nodes[index]
+        return names[1][index] + (f" ({node.name})" if node.name else "")
 
-    found = [(pair, _read(matching.after, pair[1].node, errors)) for pair in sorted(errors, key=lambda pair: pair[1].node)]
-    for pair, inputs in found:
+    def divergence(pair: Pair, inputs: float, between: Sequence[int]) -> FirstDivergent:
+        nodes = matching.after.nodes
+        told = [f"{nodes[index].op} at {named(index)}" for index in between if nodes[index].op not in _SHAPING]
+        op = nodes[pair[1].node].op
+        return FirstDivergent(names[0][pair[0].node], named(pair[1].node), op, errors[pair], inputs, tuple(told[:_MOST_TOLD]))
+
+    found = [(pair, *_read(matching.after, pair[1].node, known)) for pair in sorted(errors, key=lambda pair: pair[1].node)]
+    for pair, inputs, between in found:
         # Written so that a NaN counts.
         if not errors[pair] <= max(_SMALLEST, ABOVE_NOISE * inputs):
-            return Located(divergence(pair, inputs))
+            return Located(divergence(pair, inputs, between))
     worst = max(found, key=lambda item: errors[item[0]], default=None)
     if worst is None or not errors[worst[0]]:
         return Located(None, ("No value of one prompt differs: the difference lies in what comes after it, or in an unmatched part.",))
@@ -83,27 +95,27 @@ def locate(before: RunnableSide, after: RunnableSide, tokens: NDArray[np.int64] 
 
 
 def _pairs(matching: Matching) -> Iterator[Pair]:
-    """Outputs to compare: of matched nodes, and what layers hand on where the layers themselves don't match."""
+    """Outputs to compare: of matched nodes, what matched nodes read in one slot, and what layers hand on where they don't match themselves."""
     for x, y in matching.pairs.items():
         for output in range(min(len(matching.before.nodes[x].values), len(matching.after.nodes[y].values))):
             if matching.before.nodes[x].values[output] and matching.after.nodes[y].values[output]:
                 yield Produced(x, output), Produced(y, output)
-    for one, other in paired(*matching.folds):
-        carried = [next((s for slots in repeat.sources for s in slots if isinstance(s, Carried)), None) for repeat in (one, other)]
+        for one, other in zip(matching.before.nodes[x].inputs, matching.after.nodes[y].inputs):
+            if isinstance(one, Produced) and isinstance(other, Produced) and one.node not in matching.pairs and other.node not in matching.back:
+                yield one, other
+    for left, right in paired(*matching.folds):
+        carried = [next((s for slots in repeat.sources for s in slots if isinstance(s, Carried)), None) for repeat in (left, right)]
         if carried[0] is None or carried[1] is None:
             continue
-        for row_a, row_b in zip(one.rows, other.rows):
+        for row_a, row_b in zip(left.rows, right.rows):
             x, y = row_a[carried[0].offset], row_b[carried[1].offset]
             if x not in matching.pairs and y not in matching.back:
                 yield Produced(x, carried[0].output), Produced(y, carried[1].output)
 
 
-def _read(graph: Graph, index: int, errors: dict[Pair, float]) -> float:
-    """The largest difference of what a node reads, through nodes that were not compared."""
-    known: dict[int, float] = {}
-    for (_, y), value in errors.items():
-        known[y.node] = max(known.get(y.node, 0.0), value)
-    seen, stack, worst = {index}, [index], 0.0
+def _read(graph: Graph, index: int, known: dict[int, float]) -> tuple[float, list[int]]:
+    """The largest difference of what a node reads, through nodes that were not compared, and those."""
+    seen, stack, worst, between = {index}, [index], 0.0, []
     while stack:
         for ref in graph.nodes[stack.pop()].inputs:
             if isinstance(ref, Produced) and ref.node not in seen:
@@ -111,25 +123,25 @@ def _read(graph: Graph, index: int, errors: dict[Pair, float]) -> float:
                 if ref.node in known:
                     worst = max(worst, known[ref.node])
                 else:
+                    between.append(ref.node)
                     stack.append(ref.node)
-    return worst
+    return worst, between
 
 
-def _errors(before: RunnableSide, after: RunnableSide, pairs: Sequence[Pair], tokens: NDArray[np.int64] | None) -> Iterator[tuple[Pair, float]]:
-    feeds = [_feeds(side.interface(), tokens) for side in (before, after)]
+def _errors(before: Runnable, after: Runnable, pairs: Sequence[Pair], tokens: Tokens) -> Iterator[tuple[Pair, float]]:
     pairs = sorted(pairs, key=lambda pair: pair[1].node)
     for start in range(0, len(pairs), _AT_ONCE):
         part = pairs[start : start + _AT_ONCE]
         values = []
         for k, side in enumerate((before, after)):
             nodes = side.snapshot.graph.nodes
-            values.append(_values(side, feeds[k], [nodes[pair[k].node].values[pair[k].output] for pair in part]))
+            values.append(side.values([nodes[pair[k].node].values[pair[k].output] for pair in part], tokens))
         for pair, one, other in zip(part, *values):
             if one.size == other.size and one.dtype.kind == other.dtype.kind:
-                yield pair, _difference(one.ravel(), other.ravel())
+                yield pair, difference(one.ravel(), other.ravel())
 
 
-def _difference(one: NDArray[Any], other: NDArray[Any]) -> float:
+def difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     """Relative to the largest value; 1 where text, integers or truth values differ at all."""
     if one.dtype.kind != "f":
         return float(not np.array_equal(one, other))
@@ -141,9 +153,8 @@ def _difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(np.max(np.abs(x - y), initial=0.0)) / (largest or 1.0)
 
 
-def _values(side: RunnableSide, feeds: dict[str, NDArray[Any]], names: Sequence[str]) -> list[NDArray[Any]]:
-    """The named values of one run, without fusions. Weights stay in their files."""
-    path = side.path / GRAPH if side.artifact else side.path
+def values_of(path: Path, given: dict[str, NDArray[Any]], names: Sequence[str], *, ops: bool) -> list[NDArray[Any]]:
+    """The named values of one run of a model file, without fusions. Weights stay in their files. `ops`: it has nodes of ours."""
     model = onnx.load_model(path, format="protobuf", load_external_data=False)
     there = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(names) if name not in there)
@@ -151,15 +162,15 @@ def _values(side: RunnableSide, feeds: dict[str, NDArray[Any]], names: Sequence[
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
-    if side.artifact is not None:
+    if ops:
         custom_ops.register(options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = list(dict.fromkeys(names))
-    found = dict(zip(wanted, session.run(wanted, {port.name: feeds[port.name] for port in session.get_inputs()})))
+    found = dict(zip(wanted, session.run(wanted, {port.name: given[port.name] for port in session.get_inputs()})))
     return [np.asarray(found[name]) for name in names]
 
 
-def _feeds(interface: GraphInterface, tokens: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def feeds(interface: GraphInterface, tokens: Tokens) -> dict[str, NDArray[Any]]:
     """One prompt of one sequence, as a graph in its exporter's form or a token-flat one takes it; seeded inputs for any other graph."""
     if tokens is None:
         return seeded_inputs(interface, _LENGTH, 0)

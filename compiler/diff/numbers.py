@@ -36,25 +36,45 @@ class CaseNumbers:
 
 @dataclass(frozen=True)
 class FirstDivergent:
-    """The first node whose values differ by far more than those it reads. Relative differences, of its output and of its inputs."""
+    """The first node whose values differ by far more than those it reads. Relative differences, of its output and of its inputs.
+
+    `between` are nodes among what it reads that have no match, and so could not be compared.
+    """
 
     before: str
     after: str
     op: str
     relative: float
     inputs: float
+    between: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.op} at {self.after} differs by {self.relative:.2e}, what it reads by {self.inputs:.2e}"
+        between = f"; not compared in between: {', '.join(self.between)}" if self.between else ""
+        return f"{self.op} at {self.after} differs by {self.relative:.2e}, what it reads by {self.inputs:.2e}{between}"
+
+
+@dataclass(frozen=True)
+class PassFault:
+    """The pass of a compile after which the logits differ from the source's: relative differences before and after it, and where."""
+
+    stage: str
+    before: float
+    after: float
+    first: FirstDivergent | None
+
+    def __str__(self) -> str:
+        where = f"; {self.first}" if self.first else ""
+        return f"{self.stage}: the logits differ by {self.after:.2e} after it and by {self.before:.2e} before{where}"
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """All cases, the first divergent node where one moved, and what was not compared."""
+    """All cases; where one moved the first divergent node, and between a graph and its artifact the pass; and what was not compared."""
 
     cases: tuple[CaseNumbers, ...]
     first: FirstDivergent | None = None
     notes: tuple[str, ...] = ()
+    fault: PassFault | None = None
 
     @property
     def ok(self) -> bool:
@@ -79,6 +99,8 @@ class Numbers:
                    f"{case.noise:>8.1e} {kl:>9} {top1:>6} {perplexity:>10}"), not case.ok
         if self.first is not None:
             yield f"first divergent node: {self.first}", True
+        if self.fault is not None:
+            yield f"introduced by the pass {self.fault}", True
         yield from ((note, False) for note in self.notes)
 
     def markdown(self) -> list[str]:
@@ -88,7 +110,8 @@ class Numbers:
             f"| {_or(case.top1, '.3f')} | {_or(case.perplexity, '+.3%')} |" for case in self.cases
         ]
         first = ["", f"First divergent node: `{self.first}`"] if self.first is not None else []
-        return [*head, *rows, *first, *(f"\n{note}" for note in self.notes)]
+        fault = ["", f"Introduced by the pass `{self.fault}`"] if self.fault is not None else []
+        return [*head, *rows, *first, *fault, *(f"\n{note}" for note in self.notes)]
 
 
 def _or(value: float | None, form: str) -> str:

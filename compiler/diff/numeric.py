@@ -1,5 +1,7 @@
 """Both sides run the same tokens through the whole state machine: prefill, chunks, cached decode, a mixed batch, fork and truncate.
 
+First as they are, then paged with each cache precision.
+
 A difference counts only above the reference's own noise: the old side against itself, with and without onnxruntime's fusions. Plain graphs
 are compared without fusions (they turn dequantized products into int8 ones); artifacts as they run, and again with fp32 caches and
 activations, so that what those round hides nothing.
@@ -8,27 +10,34 @@ activations, so that what those round hides nothing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import StepError, UnsupportedError
-from ...models.artifact import Artifact
+from ...models.artifact import GRAPH, Artifact, Manifest
 from ...models.context import configured_context
 from ...models.interface import GraphInterface
 from ...models.onnx_reader import graph_interface, read_onnx
 from ...models.runner import Runner
-from ..check import Load, compare, dequantized, exact_twin
-from ..check_cases import CASES, LONG, Rows, Tokens, tokens_for
+from ...models.spec import CacheGroup, CacheLayer, CacheName, ModelSpec
+from ..check import Load, compare, dequantized, exact_twin, with_cache
+from ..check_cases import CASES, LONG, Rows, tokens_for
+from ..check_cases import Tokens as CaseTokens
 from ..check_inputs import seeded_inputs
+from ..entry import compile
+from ..options import CompileOptions
 from ..thresholds import Limits, quality, tight
+from .blame import blame
 from .graph import Snapshot
-from .locate import Located, locate
-from .numbers import ABOVE_NOISE, CaseNumbers, Numbers
+from .locate import Tokens, feeds, locate, values_of
+from .numbers import ABOVE_NOISE, CaseNumbers, FirstDivergent, Numbers, PassFault
 
 # fp32 sums in another order differ by about ε·√(L·K) of the largest logit: 1.5e-5 for 30 layers of 576.
 _FLOOR = 5e-5
@@ -59,12 +68,18 @@ class Side:
     def interface(self) -> GraphInterface:
         return self.artifact.manifest.interface if self.artifact else graph_interface(read_onnx(self.path))
 
+    def values(self, names: Sequence[str], tokens: Tokens) -> list[NDArray[Any]]:
+        """Values of one prompt, as `locate` asks for them."""
+        path = self.path / GRAPH if self.artifact else self.path
+        return values_of(path, feeds(self.interface(), tokens), names, ops=self.artifact is not None)
+
 
 def compare_numbers(before: Side, after: Side, *, load: Load, seed: int = 0, progress: Callable[[str], None] | None = None) -> Numbers:
     """Runs both sides and compares what they give. One model is in memory at a time."""
     say = progress or (lambda _: None)
     notes: list[str] = []
-    first: Located | None = None
+    first: FirstDivergent | None = None
+    fault: PassFault | None = None
     with tempfile.TemporaryDirectory(prefix="octavo-diff-") as scratch:
         paths = [_plain(side, Path(scratch) / name) for name, side in (("before", before), ("after", after))]
         say("running the old side")
@@ -88,14 +103,66 @@ def compare_numbers(before: Side, after: Side, *, load: Load, seed: int = 0, pro
                     rows.append(_run({name: cases[name] for name in new}, runner, notes))
             rounded = max(_rounded(before), _rounded(after))
             found += [_numbers("fp32", name, rows[0][name], rows[1][name], 0.0, rounded, tokens) for name in rows[1] if name in rows[0]]
+        if tokens is not None:
+            found += _each_precision(before, after, cases, Path(scratch), load, notes, tokens, say)
         if not all(case.ok for case in found):
             say("looking for the first node that differs")
-            first = locate(twins[0], twins[1], tokens.short if tokens else None)
-            notes += first.notes
-    return Numbers(tuple(found), first.divergence if first else None, tuple(dict.fromkeys(notes)))
+            prompt = tokens.short if tokens else None
+            located = locate(twins[0], twins[1], prompt)
+            first, notes = located.divergence, [*notes, *located.notes]
+            if (pair := _compiled(before, after)) is not None:
+                say("looking for the pass that made it differ")
+                fault, note = blame(*pair, prompt)
+                notes += [note] if note else []
+    return Numbers(tuple(found), first, tuple(dict.fromkeys(notes)), fault)
 
 
-def _cases(before: Side, after: Side, runner: Runner, seed: int, notes: list[str]) -> tuple[Cases, Tokens | None]:
+def _each_precision(
+    before: Side, after: Side, cases: Cases, scratch: Path, load: Load, notes: list[str], tokens: CaseTokens, say: Callable[[str], None],
+) -> Iterator[CaseNumbers]:
+    """Both sides paged, with each cache format: a graph is compiled for it, an artifact gets caches of another type.
+
+    A case may differ by twice what the format itself rounds on the old side, and never by more than `check` allows it.
+    """
+    paged = [_paged(side, scratch / name, say) for name, side in (("paged-before", before), ("paged-after", after))]
+    if any(artifact is None for artifact in paged):
+        bare = ", ".join(str(side.path.name) for side, artifact in zip((before, after), paged) if artifact is None)
+        notes.append(f"Not compared with each cache precision: {bare} does not page.")
+        return
+    exact: dict[str, Rows] = {}
+    allowed = max(_rounded(before), _rounded(after)) if before.artifact or after.artifact else 0.0
+    for name in get_args(CacheName):
+        say(f"running both with {name} caches")
+        rows = []
+        for k, artifact in enumerate(paged):
+            assert artifact is not None
+            with closing(load(with_cache(artifact, scratch / f"{name}-{k}", name), True)) as runner:
+                rows.append(_run(cases, runner, notes))
+        exact = exact or rows[0]
+        limits = tight(ModelSpec(1, 1, (CacheLayer(0, 1, 1, 1, name),), (CacheGroup(None),))).relative or 0.0
+        for case in (case for case in rows[0] if case in rows[1]):
+            rounding = compare("reference", case, rows[0][case], exact[case], Limits()).relative
+            yield _numbers(f"{name} cache", case, rows[0][case], rows[1][case], 0.0, max(allowed, min(limits, 2 * rounding)), tokens)
+
+
+def _paged(side: Side, folder: Path, say: Callable[[str], None]) -> Artifact | None:
+    """The side as a paged artifact; None where it can't be one."""
+    if side.artifact is None:
+        say(f"compiling {side.path.name}")
+        compile(side.path, folder, options=CompileOptions(kv_cache="auto"))
+    artifact = side.artifact or Artifact.open(folder)
+    return artifact if artifact.manifest.kind == "paged" else None
+
+
+def _compiled(before: Side, after: Side) -> tuple[Path, Manifest] | None:
+    """A graph and the artifact that it is compared with; None for two of a kind."""
+    for source, made in ((before, after), (after, before)):
+        if source.artifact is None and made.artifact is not None:
+            return source.path, made.artifact.manifest
+    return None
+
+
+def _cases(before: Side, after: Side, runner: Runner, seed: int, notes: list[str]) -> tuple[Cases, CaseTokens | None]:
     """A decoder's cases with their tokens; for another graph its own inputs, seeded."""
     try:
         width = runner.predict([0]).shape[-1]
@@ -109,7 +176,7 @@ def _cases(before: Side, after: Side, runner: Runner, seed: int, notes: list[str
     return {case.name: partial(_logits, case.run, tokens) for case in CASES}, tokens
 
 
-def _logits(run: Callable[[Runner, Tokens], Rows], tokens: Tokens, runner: Runner) -> Rows:
+def _logits(run: Callable[[Runner, CaseTokens], Rows], tokens: CaseTokens, runner: Runner) -> Rows:
     return run(runner, tokens)
 
 
@@ -135,7 +202,7 @@ def _run(cases: Cases, runner: Runner, notes: list[str]) -> dict[str, Rows]:
     return found
 
 
-def _numbers(runs: str, case: str, old: Rows, new: Rows, noise: float, allowed: float, tokens: Tokens | None) -> CaseNumbers:
+def _numbers(runs: str, case: str, old: Rows, new: Rows, noise: float, allowed: float, tokens: CaseTokens | None) -> CaseNumbers:
     found = compare("reference", case, new, old, Limits())
     limit = max(_FLOOR, allowed, ABOVE_NOISE * min(noise, _MOST_NOISE / ABOVE_NOISE))
     perplexity = None
@@ -144,7 +211,7 @@ def _numbers(runs: str, case: str, old: Rows, new: Rows, noise: float, allowed: 
     return CaseNumbers(runs, case, found.rows, found.max_abs, found.relative, found.mean_kl, found.top1, perplexity, noise, limit)
 
 
-def _surprise(logits: Rows, tokens: Tokens) -> float:
+def _surprise(logits: Rows, tokens: CaseTokens) -> float:
     """Mean −log p of each token after its prefix."""
     rows = logits[:-1].astype(np.float64)
     top = rows.max(axis=1)

@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import octavo
 import onnx
+import onnx_ir as ir
 import pytest
 from octavo.compiler.diff.numeric import Side, compare_numbers
 from octavo.compiler.diff.source import read_snapshot
 from octavo.errors import OptionError
 from octavo.models.tiny import tiny_llama_onnx
+from octavo.passes.attention.lower_paged import LowerPaged
+from octavo.passes.attention.packed_rows import PackedRows
+from octavo.passes.cache_interface import CacheInterface
+from octavo.passes.logits import LogitRows
+from octavo.passes.normalize import Normalize
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 
@@ -54,7 +60,7 @@ def _swapped(model: ModelProto) -> None:
     node.input[1], node.input[2] = node.input[2], node.input[1]
 
 
-def _window(model: ModelProto) -> None:
+def _mask(model: ModelProto) -> None:
     """Keys at or before the query become keys before it: the mask's comparison is off by one."""
     _node(model, "LessOrEqual").op_type = "Less"
 
@@ -80,7 +86,7 @@ def _bit(bit: int) -> Callable[[ModelProto], None]:
 
 FAULTS = {
     "scale off by 1 %": (_scale, "Attention", "layers.1"), "swapped inputs": (_swapped, "RotaryEmbedding", "layers.1"),
-    "mask off by one": (_window, "Less", "mask"), "wrong rotary base": (_base, "RotaryEmbedding", "layers.0"),
+    "mask off by one": (_mask, "Less", "mask"), "wrong rotary base": (_base, "RotaryEmbedding", "layers.0"),
     "sign bit of a weight": (_bit(31), "MatMul", "layers.1.mlp.up_proj"), "exponent bit of a weight": (_bit(23), "MatMul", "layers.1.mlp.up_proj"),
 }
 
@@ -92,10 +98,41 @@ def test_a_seeded_fault_is_found_and_located(source, tmp_path, fault):
     assert found.moved and found.exit_code == 1 and found.edits, found.to_text()
     assert found.numbers is not None and found.numbers.first is not None, found.to_text()
     first = found.numbers.first
-    # A comparison of another op is no match of the old one: what reads it is the first that can be told.
-    assert (first.op == op or fault == "mask off by one") and (place in first.after or fault == "mask off by one"), first
+    assert first.op == op and place in first.after, first
     assert first.inputs == 0 and first.relative > 0
     assert "first divergent node" in found.to_text()
+
+
+def windowed(size: int) -> Callable[[ModelProto], None]:
+    """A key is seen while it is less than `size` positions behind the query."""
+    def change(model: ModelProto) -> None:
+        causal = _node(model, "LessOrEqual")
+        at = list(model.graph.node).index(causal) + 1
+        both, causal.output[0] = causal.output[0], "window/causal"
+        nodes = [
+            helper.make_node("Sub", [causal.input[1], "window"], ["window/far"], name="window/far"),
+            helper.make_node("Greater", [causal.input[0], "window/far"], ["window/near"], name="window/near"),
+            helper.make_node("And", ["window/causal", "window/near"], [both], name="window/window"),
+        ]
+        for k, node in enumerate(nodes):
+            model.graph.node.insert(at + k, node)
+        model.graph.initializer.append(numpy_helper.from_array(np.array(size, np.int64), "window"))
+
+    return change
+
+
+def test_a_window_off_by_one_is_found_and_located(source, tmp_path):
+    good, bad = (variant(source, tmp_path / str(size), windowed(size)) for size in (8, 9))
+    found = octavo.diff(good, bad, numeric=True)
+    assert found.moved and [edit.kind for edit in found.edits] == ["constant"]
+    assert found.numbers.first.op == "Sub" and "window/far" in found.numbers.first.after
+    assert {case.runs for case in found.numbers.cases if not case.ok} >= {"as they run", "fp32 cache", "fp16 cache", "int8 cache"}
+    for path in (good, bad):
+        report = octavo.compile(path, path.parent / "art")
+        assert all("window" in site.mask for site in report.sites)
+    between = octavo.diff(good.parent / "art", bad.parent / "art", numeric=True)
+    assert between.moved and between.numbers.first.op == "ai.octavo::PagedAttention" and between.numbers.first.inputs == 0
+    assert any("local_window_size 8 → 9" in edit.line for edit in between.edits)
 
 
 @pytest.mark.parametrize("fault", ["scale off by 1 %", "exponent bit of a weight"])
@@ -117,18 +154,20 @@ def test_the_same_graph_at_another_thread_count_has_moved_nowhere(source, thread
 
     def load(path, fusions):
         calls.append(path)
-        count = threads if len(calls) == 3 else 2
+        count = threads if len(calls) in (3, 5, 7, 9) else 2
         return octavo.load(path, options=octavo.RuntimeOptions(optimize_graph=fusions, threads=count))
 
     snapshot = read_snapshot(source)
     found = compare_numbers(Side.open(source, snapshot), Side.open(source, snapshot), load=load)
-    assert found.ok and len(calls) == 3 and found.first is None and len(found.cases) == 8
+    assert found.ok and len(calls) == 9 and found.first is None and len(found.cases) == 8 + 3 * 8
+    assert all(case.mean_kl < 1e-12 for case in found.cases)
 
 
 def test_a_good_compile_has_moved_nowhere(source, artifact):
     found = octavo.diff(source, artifact, numeric=True)
     assert not found.moved and not found.same and found.exit_code == 1
-    assert {case.runs for case in found.numbers.cases} == {"as they run", "fp32"}
+    assert {case.runs for case in found.numbers.cases} == {"as they run", "fp32", "fp32 cache", "fp16 cache", "int8 cache"}
+    assert len({case.case for case in found.numbers.cases if case.runs == "int8 cache"}) == 8, "the whole state machine"
     assert found.numbers.worst("max_perplexity")[0] < 1e-2 and found.numbers.worst("min_top1")[0] == 1
 
 
@@ -173,3 +212,67 @@ def test_policies_about_figures_run_the_models(source, artifact, tmp_path):
 def test_numbers_read_as_json(source, artifact):
     data = json.loads(json.dumps(octavo.diff(source, artifact, numeric=True).to_json()))
     assert data["numbers"]["ok"] is True and data["moved"] is False and data["numbers"]["cases"][0]["rows"] > 0
+
+
+# Which pass did it.
+
+
+def _broken(monkeypatch, cls: type, change: Callable[[ir.Model], None]) -> None:
+    """A pass that does its work and then `change`."""
+    real = cls.call
+
+    def call(self, model):
+        result = real(self, model)
+        change(model)
+        return result
+
+    monkeypatch.setattr(cls, "call", call)
+
+
+def _louder(model: ir.Model) -> None:
+    value = next(value for name, value in model.graph.initializers.items() if "layers.1.mlp.up_proj" in name)
+    array = value.const_value.numpy().copy()
+    array[0] *= 1.3
+    value.const_value = ir.Tensor(array, name=value.name)
+
+
+def _rescaled(model: ir.Model) -> None:
+    node = [node for node in model.graph if node.op_type == "PagedAttention"][1]
+    node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes["scale"].as_float() * 1.01)
+
+
+def _crossed(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.op_type == "Mul")
+    node.replace_input_with(1, node.inputs[0])
+
+
+BROKEN = {
+    "normalize": (Normalize, _louder, "MatMul"), "lower_paged": (LowerPaged, _rescaled, "PagedAttention"), "logit_rows": (LogitRows, _louder, "MatMul"),
+    "cache_interface": (CacheInterface, _crossed, "Mul"), "packed_rows": (PackedRows, _louder, "MatMul"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_pass_that_broke_a_model_is_named(source, tmp_path, monkeypatch, name):
+    cls, change, op = BROKEN[name]
+    _broken(monkeypatch, cls, change)
+    octavo.compile(source, tmp_path / "art")
+    found = octavo.diff(source, tmp_path / "art", numeric=True)
+    fault = found.numbers.fault
+    assert found.moved and fault is not None and fault.stage == name, found.to_text()
+    assert fault.before < 1e-5 < fault.after and fault.first is not None and op in str(fault.first)
+    assert f"introduced by the pass {name}" in found.to_text() and f"Introduced by the pass `{name}" in found.to_markdown()
+    if name == "lower_paged":
+        assert octavo.diff(tmp_path / "art", source, numeric=True).numbers.fault.stage == name, "whichever side is the artifact"
+
+
+def test_no_pass_is_blamed_for_what_none_did(source, artifact, tmp_path, monkeypatch):
+    """An artifact whose graph was changed afterwards, and one of another source."""
+    octavo.compile(source, tmp_path / "art", options=octavo.CompileOptions(kv_cache="fp32"))
+    model = onnx.load(tmp_path / "art" / "model.onnx", load_external_data=False)
+    next(a for node in model.graph.node if node.op_type == "PagedAttention" for a in node.attribute if a.name == "scale").f *= 1.1
+    onnx.save(model, tmp_path / "art" / "model.onnx")
+    numbers = octavo.diff(source, tmp_path / "art", numeric=True).numbers
+    assert not numbers.ok and numbers.fault is None and any("no pass moves the numbers" in note for note in numbers.notes)
+    numbers = octavo.diff(variant(source, tmp_path / "bad", _scale), artifact, numeric=True).numbers
+    assert not numbers.ok and numbers.fault is None and any("is not the file" in note for note in numbers.notes)
