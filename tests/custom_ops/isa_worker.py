@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import FLASH_CASES, PAGED_CASES
 from attention_run import run_flash, run_op, run_paged
 from octavo import custom_ops
+from octavo.custom_ops.native import SampleRow, SampleRows
 from quant_cases import QUANT_CASES, run_embedding, run_quant
 
 Array = np.ndarray
@@ -59,6 +60,21 @@ def awkward_floats() -> Array:
     return np.resize(everything, -(-everything.size // 256) * 256)
 
 
+def sampled() -> Array:
+    """Tokens, ranks and log probabilities of drawn rows: peaked and flat, of whole runs and parts, of every kind of cut."""
+    rng, answers = np.random.default_rng(3), []
+    cuts = [{}, {"top_p": 0.9}, {"top_p": 0.5, "min_p": 0.001}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.8}, {"top_p": 0.9, "temperature": 0.7}]
+    for V in (129, 5003, 49152):
+        call = SampleRows(V)
+        for number in range(48):
+            logits = rng.normal(0, 0.5 + number % 5, V).astype(np.float32)
+            fields = {"temperature": 1.0, "top_p": 1.0, "given": -1, "logprobs": 5, "seed": number, **cuts[number % len(cuts)]}
+            row = SampleRow(logits=logits.ctypes.data, **fields)
+            call([row])
+            answers.append([row.token, row.rank, row.logprob, *row.top_ids[:5], *row.top_logprobs[:5]])
+    return np.array(answers)
+
+
 def main() -> None:
     bits: dict[str, Array] = {}
     for case in PAGED_CASES:
@@ -74,6 +90,7 @@ def main() -> None:
             bits[f"embedding.{quant.name}"] = run_embedding(quant.weight(), np.arange(quant.M))
     bits["to_half"] = rounded_to_half(awkward_floats())
     bits["from_half"] = widened_from_half(np.arange(1 << 16, dtype=np.uint16).view(np.float16))
+    bits["sampled"] = sampled()
     bits["isa"] = np.array(custom_ops.active_isa())
     np.savez(sys.argv[1], **bits)  # type: ignore[arg-type]
 

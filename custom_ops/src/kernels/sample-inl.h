@@ -10,20 +10,44 @@ OCTAVO_INLINE Vec load_row(const float* x, int n, int i, Vec rest) {
   return n - i >= kLanes ? load(x + i) : select(lanes(0, n - i), load_partial(x + i, n - i), rest);
 }
 
-inline float highest(const float* x, int n) {
-  constexpr int kChains = 4;  // of maxima, so that one does not wait for another
-  Vec best[kChains], odd = broadcast(0.0f);
-  for (Vec& chain : best) chain = broadcast(-kInfinity);
-  const auto take = [&](Vec v, Vec& chain) {
-    odd = select(equal(v, v), odd, broadcast(1.0f));
-    chain = max(v, chain);
-  };
-  int i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
-    for (int c = 0; c < kChains; ++c) take(load(x + i + c * kLanes), best[c]);
+inline constexpr int kRunVecs = kRun / kLanes, kChains = 4;  // chains of sums or maxima, so that one does not wait for another
+
+// Calls body(run, begin, end) for each run of n elements.
+template <class Body>
+OCTAVO_INLINE void for_runs(int n, Body&& body) {
+  for (int run = 0; run * kRun < n; ++run) body(run, run * kRun, n - run * kRun < kRun ? n : (run + 1) * kRun);
+}
+
+// Calls body(elements, place, chain) for each vector of the run [begin, end), whose last may be filled up with `rest`.
+template <class Body>
+OCTAVO_INLINE void for_vectors(const float* x, int begin, int end, Vec rest, Body&& body) {
+  if (end - begin == kRun) {
+    for (int v = 0; v < kRunVecs; ++v) body(load(x + begin + v * kLanes), begin + v * kLanes, v % kChains);
+  } else {
+    for (int v = 0; begin + v * kLanes < end; ++v) body(load_row(x, end, begin + v * kLanes, rest), begin + v * kLanes, v % kChains);
   }
-  for (; i < n; i += kLanes) take(load_row(x, n, i, broadcast(-kInfinity)), best[0]);
-  return maximum(odd) > 0.0f ? __builtin_nanf("") : maximum(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+OCTAVO_INLINE void fill(Vec (&chains)[kChains], float value) {
+  for (Vec& chain : chains) chain = broadcast(value);
+}
+
+OCTAVO_INLINE Vec joined(const Vec (&chains)[kChains]) { return add(add(chains[0], chains[1]), add(chains[2], chains[3])); }
+
+inline float highest(const float* x, int n, float* peaks) {
+  Vec odd = broadcast(0.0f), all = broadcast(-kInfinity);
+  for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
+    Vec best[kChains];
+    fill(best, -kInfinity);
+    for_vectors(x, begin, end, broadcast(-kInfinity), [&](Vec v, int, int chain) __attribute__((always_inline)) {
+      odd = select(equal(v, v), odd, broadcast(1.0f));
+      best[chain] = max(v, best[chain]);
+    });
+    const Vec either = max(max(best[0], best[1]), max(best[2], best[3]));
+    peaks[run] = maximum(either);
+    all = max(either, all);
+  });
+  return maximum(odd) > 0.0f ? __builtin_nanf("") : maximum(all);
 }
 
 inline int find(const float* x, int n, float value) {
@@ -45,57 +69,75 @@ inline int count_above(const float* x, int n, float value) {
   return count;
 }
 
-inline void peaks(const float* x, int n, float* out) {
-  for (int run = 0; run * kRun < n; ++run) {
-    const int end = n - run * kRun < kRun ? n : (run + 1) * kRun;
-    Vec best = broadcast(-kInfinity);
-    for (int i = run * kRun; i < end; i += kLanes) best = max(load_row(x, end, i, best), best);
-    out[run] = maximum(best);
-  }
-}
-
-inline void weigh(const float* x, int n, float best, float inverse, float* w, float* sums) {
+inline void weigh(const float* x, int n, float best, float inverse, const float* ahead, float* w, float* sums) {
   const Vec top = broadcast(best), scale = broadcast(inverse);
-  for (int run = 0; run * kRun < n; ++run) {
-    const int end = n - run * kRun < kRun ? n : (run + 1) * kRun;
-    Vec total = broadcast(0.0f);
-    for (int i = run * kRun; i < end; i += kLanes) {
-      const Vec weight = exp_nonpositive(mul(sub(load_row(x, end, i, broadcast(-kInfinity)), top), scale));
-      store_partial(w + i, weight, end - i < kLanes ? end - i : kLanes);
+  for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
+    Vec total = broadcast(0.0f);  // one chain: what is added takes longer to come than to add
+    for_vectors(x, begin, end, broadcast(-kInfinity), [&](Vec v, int i, int) __attribute__((always_inline)) {
+      if (ahead != nullptr) prefetch(ahead + i);
+      const Vec weight = exp_nonpositive(mul(sub(v, top), scale));
+      if (w != nullptr) store_partial(w + i, weight, end - i < kLanes ? end - i : kLanes);
       total = add(total, weight);
-    }
+    });
     sums[run] = sum(total);
-  }
+  });
 }
 
-inline double mass_from(const float* w, int n, float least) {
-  constexpr int kStretch = 8 * kRun;  // summed in float32: the rounding of longer ones would show
-  const Vec border = broadcast(least), none = broadcast(0.0f);
+inline double mass_from(const float* w, int n, const float* bounds, float least, int* count) {
+  constexpr int kRuns = 8;  // summed in float32: the rounding of longer stretches would show
+  const Vec border = broadcast(least), none = broadcast(0.0f), one = broadcast(1.0f);
   double total = 0;
-  for (int begin = 0; begin < n; begin += kStretch) {
-    const int end = n - begin < kStretch ? n : begin + kStretch;
-    Vec part = none;
-    for (int i = begin; i < end; i += kLanes) {
-      const Vec v = load_row(w, end, i, none);
-      part = add(part, select(less(v, border), none, v));
+  Vec part[kChains], found[kChains];
+  fill(part, 0.0f);
+  fill(found, 0.0f);
+  int held = 0;
+  for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
+    if (bounds[run] < least) return;
+    for_vectors(w, begin, end, none, [&](Vec v, int, int chain) __attribute__((always_inline)) {
+      const Mask below = less(v, border);
+      part[chain] = add(part[chain], select(below, none, v));
+      found[chain] = add(found[chain], select(below, none, one));
+    });
+    if (++held == kRuns) {
+      total += static_cast<double>(sum(joined(part)));
+      fill(part, 0.0f);
+      held = 0;
     }
-    total += static_cast<double>(sum(part));
-  }
-  return total;
+  });
+  *count = static_cast<int>(sum(joined(found)));
+  return total + static_cast<double>(sum(joined(part)));
 }
 
-inline int collect(const float* x, int n, float least, std::int32_t* indices) {
-  const Vec border = broadcast(least);
+inline void sums_from(const float* w, int n, const float* bounds, float least, float* sums) {
+  const Vec border = broadcast(least), none = broadcast(0.0f);
+  for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
+    sums[run] = 0.0f;
+    if (bounds[run] < least) return;
+    Vec part[kChains];
+    fill(part, 0.0f);
+    for_vectors(w, begin, end, none, [&](Vec v, int, int chain) __attribute__((always_inline)) {
+      part[chain] = add(part[chain], select(less(v, border), none, v));
+    });
+    sums[run] = sum(joined(part));
+  });
+}
+
+inline int collect(const float* x, int n, const float* bounds, float least, float end, std::int32_t* indices) {
+  const Vec border = broadcast(least), over = broadcast(end);
+  const unsigned always = end == kInfinity ? 0xffffu : 0u;
   int count = 0;
-  for (int i = 0; i < n; i += kLanes) {
-    const unsigned present = n - i >= kLanes ? 0xffffu : (1u << (n - i)) - 1u;
-    for (unsigned hits = ~bits(less(load_row(x, n, i, border), border)) & present; hits != 0; hits &= hits - 1) {
-      indices[count++] = i + __builtin_ctz(hits);
-    }
-  }
+  for_runs(n, [&](int run, int begin, int stop) __attribute__((always_inline)) {
+    if (bounds[run] < least) return;
+    for_vectors(x, begin, stop, border, [&](Vec v, int i, int) __attribute__((always_inline)) {
+      const unsigned present = stop - i >= kLanes ? 0xffffu : (1u << (stop - i)) - 1u;
+      for (unsigned hits = ~bits(less(v, border)) & (bits(less(v, over)) | always) & present; hits != 0; hits &= hits - 1) {
+        indices[count++] = i + __builtin_ctz(hits);
+      }
+    });
+  });
   return count;
 }
 
-inline constexpr SampleKernels sample_kernels = {highest, find, count_above, peaks, weigh, mass_from, collect};
+inline constexpr SampleKernels sample_kernels = {highest, find, count_above, weigh, mass_from, sums_from, collect};
 
 }  // namespace octavo::OCTAVO_TARGET

@@ -8,19 +8,20 @@ namespace octavo {
 inline constexpr int kRun = 128;
 
 struct SampleKernels {
-  // The largest element; NaN where any is one.
-  float (*highest)(const float* x, int n);
+  // The largest element; NaN where any is one. peaks[r] is the largest of run r that is a number.
+  float (*highest)(const float* x, int n, float* peaks);
   // Index of the first element equal to `value`; n where none is.
   int (*find)(const float* x, int n, float value);
   int (*count_above)(const float* x, int n, float value);
-  // peaks[r] is the largest element of run r.
-  void (*peaks)(const float* x, int n, float* peaks);
-  // w[i] = exp((x[i] − best)·inverse) for x ≤ best; sums[r] of run r, in one tree.
-  void (*weigh)(const float* x, int n, float best, float inverse, float* w, float* sums);
-  // The sum of the elements that are `least` or more, within a few millionths.
-  double (*mass_from)(const float* w, int n, float least);
-  // The indices of elements that are `least` or more, ascending; how many they are.
-  int (*collect)(const float* x, int n, float least, std::int32_t* indices);
+  // w[i] = exp((x[i] − best)·inverse) for x ≤ best; sums[r] of run r, in one tree. `ahead`, of as many elements, is asked for meanwhile; it may be
+  // null, and so may w.
+  void (*weigh)(const float* x, int n, float best, float inverse, const float* ahead, float* w, float* sums);
+  // The sum of the elements that are `least` or more (> 0), within a few millionths, and how many they are. No element of run r is above bounds[r].
+  double (*mass_from)(const float* w, int n, const float* bounds, float least, int* count);
+  // sums[r] of run r's elements that are `least` or more.
+  void (*sums_from)(const float* w, int n, const float* bounds, float least, float* sums);
+  // The indices of elements that are `least` or more and less than `end` (or end is +inf), ascending; how many they are.
+  int (*collect)(const float* x, int n, const float* bounds, float least, float end, std::int32_t* indices);
 };
 
 }  // namespace octavo
