@@ -27,33 +27,56 @@ class Turn:
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._held = False
-        self._waiting: deque[threading.Lock] = deque()
+        self._waiting: deque[_Waiter] = deque()
 
-    def __enter__(self) -> None:
+    def take(self, ready: Callable[[], bool] | None = None) -> bool:
+        """Waits for the turn, which is then the caller's to give back; False where `ready` came true while it waited, and the turn is not needed.
+
+        `ready` is asked by whoever gives the turn back: who wants nothing more need not wait behind those who do.
+        """
         with self._mutex:
             if not self._held:
                 self._held = True
-                return
-            gate = threading.Lock()
-            gate.acquire()
-            self._waiting.append(gate)
+                return True
+            waiter = _Waiter(ready)
+            self._waiting.append(waiter)
         try:
-            gate.acquire()      # opened by the one before, who leaves the turn held for us
+            waiter.gate.acquire()
         except BaseException:
             with self._mutex:
-                waited = gate in self._waiting
+                waited = waiter in self._waiting
                 if waited:
-                    self._waiting.remove(gate)
-            if not waited:
-                self.__exit__()
+                    self._waiting.remove(waiter)
+            if not waited and waiter.has_turn:
+                self.give()
             raise
+        return waiter.has_turn
 
-    def __exit__(self, *_: object) -> None:
+    def give(self) -> None:
+        """Hands the turn on; before, all go that no longer need it."""
         with self._mutex:
+            for waiter in [waiter for waiter in self._waiting if waiter.ready is not None and waiter.ready()]:
+                self._waiting.remove(waiter)
+                waiter.gate.release()
             if self._waiting:
-                self._waiting.popleft().release()
+                self._waiting[0].has_turn = True
+                self._waiting.popleft().gate.release()
             else:
                 self._held = False
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.give()
+
+
+class _Waiter:
+    def __init__(self, ready: Callable[[], bool] | None) -> None:
+        self.ready = ready
+        self.has_turn = False
+        self.gate = threading.Lock()
+        self.gate.acquire()     # opened by the one before, who leaves the turn held for us
 
 
 class Engine:
@@ -90,9 +113,13 @@ class Engine:
 
     def step_unless(self, ready: Callable[[], bool]) -> None:
         """One step, unless `ready` says that it isn't needed any more."""
-        with self.turn:
+        if not self.turn.take(ready):
+            return
+        try:
             if not ready():
                 self._step()
+        finally:
+            self.turn.give()
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Under the turn. Queues requests, all or none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -44,11 +45,11 @@ class StepPlan:
 
     slices: tuple[Slice, ...]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(s.stop - s.start for s in self.slices)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(s.num_rows for s in self.slices)
 

@@ -100,7 +100,7 @@ class NativeSampler:
 
     def choose(self, work: Sequence[tuple[Draw, Row]]) -> None:
         for draw, row in work:
-            draw.row.logits = row.ctypes.data
+            draw.row.logits = row.__array_interface__["data"][0]     # a fifth of what row.ctypes takes
         self._rows([draw.row for draw, _ in work])
 
     def measure(self, row: Row, token: int, k: int) -> TokenLogprob:

@@ -142,6 +142,8 @@ class BlockTables:
 
     def reserve(self, blocks: SequenceBlocks, start: int, stop: int) -> bool:
         """Promises what writing positions [start, stop) takes, in place of what was promised before. All groups or none (False)."""
+        if self._within(blocks, start, stop):
+            return True
         self.unreserve(blocks)
         if not self._fits(wanted := self.need(blocks, start, stop)):
             self._forget(blocks, start, stop)
@@ -150,6 +152,16 @@ class BlockTables:
         for group, count in enumerate(wanted):
             self.pools[group].reserve(count)
             blocks.reserved[group] = count
+        return True
+
+    def _within(self, blocks: SequenceBlocks, start: int, stop: int) -> bool:
+        """Whether nothing is promised, and positions [start, stop) lie in one block of each group that can be written as it is: most steps of a stream."""
+        index = start // self.block_size
+        if index != (stop - 1) // self.block_size or any(blocks.reserved):
+            return False
+        for pool, table in zip(self.pools, blocks.tables):
+            if index >= len(table) or pool.is_shared(table[index]) or pool.is_kept(table[index]):
+                return False
         return True
 
     def _fits(self, wanted: Sequence[int]) -> bool:
@@ -171,6 +183,8 @@ class BlockTables:
     def extend(self, blocks: SequenceBlocks, start: int, stop: int) -> Extension:
         """Makes positions [start, stop) writable. Raises CapacityError and changes nothing where the pool has no blocks left."""
         extension = Extension(blocks)
+        if self._within(blocks, start, stop):
+            return extension
         try:
             if not any(blocks.reserved) and not self._fits(self.need(blocks, start, stop)):
                 self._forget(blocks, start, stop)

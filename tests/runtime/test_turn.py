@@ -1,0 +1,85 @@
+"""Who waits for a step, and who need not."""
+
+from __future__ import annotations
+
+import threading
+from time import monotonic, sleep
+
+import pytest
+from octavo.runtime.engine import Turn
+
+
+def waiting(turn: Turn, count: int) -> None:
+    until = monotonic() + 10
+    while len(turn._waiting) < count and monotonic() < until:
+        sleep(0.001)
+    assert len(turn._waiting) == count
+
+
+def test_who_is_served_waits_for_nobody_elses_step():
+    """The turn goes to the first who still needs it; one behind him, whose answer the last step has brought, goes at once and without it."""
+    turn, served, over = Turn(), threading.Event(), threading.Event()
+    got: dict[str, bool] = {}
+
+    def first() -> None:
+        got["first"] = turn.take(lambda: False)
+        over.wait(10)
+        turn.give()
+
+    def second() -> None:
+        got["second"] = turn.take(served.is_set)
+
+    turn.take()
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        waiting(turn, count)
+    served.set()
+    turn.give()
+    threads[1].join(10)
+    assert got == {"first": True, "second": False} and threads[0].is_alive()
+    over.set()
+    threads[0].join(10)
+    assert turn.take()      # nobody holds it now
+
+
+def test_order_of_arrival():
+    turn, order = Turn(), list[int]()
+
+    def work(number: int) -> None:
+        with turn:
+            order.append(number)
+
+    turn.take()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        waiting(turn, count)
+    turn.give()
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(5))
+
+
+def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
+    turn = Turn()
+    turn.take()
+
+    class Gate:
+        def __init__(self) -> None:
+            self.taken = False
+
+        def acquire(self) -> None:
+            if self.taken:
+                raise KeyboardInterrupt
+            self.taken = True
+
+    with monkeypatch.context() as patch:
+        lock = threading.Lock
+        patch.setattr("octavo.runtime.engine.threading.Lock", lambda: Gate())
+        with pytest.raises(KeyboardInterrupt):
+            turn.take(lambda: False)
+        patch.setattr("octavo.runtime.engine.threading.Lock", lock)
+    assert not turn._waiting
+    turn.give()
+    assert turn.take()
