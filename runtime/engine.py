@@ -29,17 +29,20 @@ class Turn:
         self._held = False
         self._waiting: deque[_Waiter] = deque()
 
-    def take(self, ready: Callable[[], bool] | None = None) -> bool:
+    def take(self, ready: Callable[[], bool] | None = None, *, soon: bool = False) -> bool:
         """Waits for the turn, which is then the caller's to give back; False where `ready` came true while it waited, and the turn is not needed.
 
-        `ready` is asked by whoever gives the turn back: who wants nothing more need not wait behind those who do.
+        `ready` is asked by whoever gives the turn back: who wants nothing more need not wait behind those who do. `soon` goes before all who wait.
         """
         with self._mutex:
             if not self._held:
                 self._held = True
                 return True
             waiter = _Waiter(ready)
-            self._waiting.append(waiter)
+            if soon:
+                self._waiting.appendleft(waiter)
+            else:
+                self._waiting.append(waiter)
         try:
             waiter.gate.acquire()
         except BaseException:
@@ -107,8 +110,7 @@ class Engine:
             while not ready():
                 self.step_unless(ready)
         except BaseException:
-            with self.turn:
-                self.cancel(requests)
+            self.cancel_soon(requests)
             raise
 
     def step_unless(self, ready: Callable[[], bool]) -> None:
@@ -149,6 +151,14 @@ class Engine:
             if not request.done:
                 request.done = True
                 self._retire(request, undo=True)
+
+    def cancel_soon(self, requests: Iterable[Request]) -> None:
+        """`cancel`, before anybody else's next step."""
+        self.turn.take(soon=True)
+        try:
+            self.cancel(requests)
+        finally:
+            self.turn.give()
 
     def drop(self, action: Callable[[], None]) -> None:
         """From a finalizer: `action` runs under the turn, with the next step at the latest."""

@@ -181,9 +181,7 @@ class Model:
             for generation in generations:
                 engine.run(generation.requests, lambda generation=generation: generation.done)  # type: ignore[misc]
         except BaseException:
-            with engine.turn:
-                for generation in generations:
-                    engine.cancel(generation.requests)
+            engine.cancel_soon([request for generation in generations for request in generation.requests])
             raise
         return [generation.result() for generation in generations]
 

@@ -43,8 +43,7 @@ class PieceStream(Iterator[Piece]):
     def close(self) -> None:
         """Cancels what is still to come and forgets what was not read. Closing twice is fine."""
         if self._finalizer.detach():
-            with self._engine.turn:
-                self._engine.cancel(self._generation.requests)
+            self._engine.cancel_soon(self._generation.requests)
             self._generation.pieces.clear()
 
     def abandon(self) -> None:

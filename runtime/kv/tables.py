@@ -159,10 +159,9 @@ class BlockTables:
         index = start // self.block_size
         if index != (stop - 1) // self.block_size or any(blocks.reserved):
             return False
-        for pool, table in zip(self.pools, blocks.tables):
-            if index >= len(table) or pool.is_shared(table[index]) or pool.is_kept(table[index]):
-                return False
-        return True
+        return not any(
+            index >= len(table) or pool.is_shared(table[index]) or pool.is_kept(table[index]) for pool, table in zip(self.pools, blocks.tables)
+        )
 
     def _fits(self, wanted: Sequence[int]) -> bool:
         return all(pool.can_reserve(count) for pool, count in zip(self.pools, wanted))

@@ -19,7 +19,7 @@ import numpy as np
 import octavo
 from octavo.runtime.stream import PieceStream
 
-Goals = {"auto": "≤ 2.5, ≥ 60 %", "latency": "≤ 1.5, ≥ 30 %", "throughput": "none"}
+GOALS = {"auto": "≤ 2.5, ≥ 60 %", "latency": "≤ 1.5, ≥ 30 %", "throughput": "none"}
 QUIET_STEPS, CONTEXT = 80, 256
 
 
@@ -129,18 +129,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.json:
-        print(f"{'policy':11} {'streams':>7} {'quiet p50':>10} {'p99 ms':>8} {'beside p50':>11} {'p99 ms':>8} {'longest':>8} {'bound':>7} {'stretch':>8} {'prompt':>7}  goals")
+        print(f"{'policy':11} {'streams':>7} {'quiet p50':>10} {'p99 ms':>8} {'beside p50':>11} {'p99 ms':>8} {'longest':>8} {'bound':>7} "
+              f"{'stretch':>8} {'prompt':>7}  goals")
     for policy in args.policies.split(","):
         with octavo.load(args.artifact, options=octavo.RuntimeOptions(threads=args.threads, prefix_cache=False, policy=policy)) as model:
             model.tokenizer = None
             for count in map(int, args.streams.split(",")):
                 found = measure(model, count, args.prompt, args.rounds)
                 if args.json:
-                    print(json.dumps({"bench": "gaps", "policy": policy, "streams": count, **{name: round(value, 4) for name, value in found.items()}}), flush=True)
+                    figures = {name: round(value, 4) for name, value in found.items()}
+                    print(json.dumps({"bench": "gaps", "policy": policy, "streams": count, **figures}), flush=True)
                     continue
                 print(
                     f"{policy:11} {count:7} {found['quiet_p50_ms']:10.2f} {found['quiet_p99_ms']:8.2f} {found['p50_ms']:11.2f} {found['p99_ms']:8.2f} "
-                    f"{found['longest_ms']:8.1f} {found['bound_ms']:7.1f} {found['stretch']:8.2f} {found['prompt']:7.0%}  {Goals[policy]}", flush=True,
+                    f"{found['longest_ms']:8.1f} {found['bound_ms']:7.1f} {found['stretch']:8.2f} {found['prompt']:7.0%}  {GOALS[policy]}", flush=True,
                 )
 
 

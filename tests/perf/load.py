@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import octavo
+from octavo.runtime.stream import PieceStream
 
 MAX_SEQUENCES, LONG, LONG_EVERY = 64, 2048, 10.0
 
@@ -99,16 +100,20 @@ def one_request(model: octavo.Model, watch: Watch, seed: int, shared: list[int],
         if piece.error:
             watch.wrong.append(piece.error)
         if index == cancel_at:
-            engine = model.engine
-            asked = engine.counters["steps"]
-            if rng.random() < 0.5:
-                stream.close()
-                watch.cancels.append(engine.counters["steps"] - asked)
-            else:
-                stream.abandon()
-                engine.drop(lambda: watch.cancels.append(engine.counters["steps"] - asked))     # runs after the cancel
+            cancel(model, watch, stream, wait=rng.random() < 0.5)
             break
     watch.finished += 1
+
+
+def cancel(model: octavo.Model, watch: Watch, stream: PieceStream, *, wait: bool) -> None:
+    engine = model.engine
+    asked = engine.counters["steps"]
+    if wait:
+        stream.close()
+        watch.cancels.append(engine.counters["steps"] - asked)
+    else:
+        stream.abandon()
+        engine.drop(lambda: watch.cancels.append(engine.counters["steps"] - asked))     # runs after the cancel
 
 
 def run(model: octavo.Model, watch: Watch, seconds: float, *, rate: float | None, seed: int) -> float:
@@ -212,7 +217,8 @@ def main() -> None:
         stop.set()
         watcher.join()
         stats = model.stats()
-        figures = {"bench": "load", "policy": args.policy, "minutes": args.minutes, "capacity_per_s": round(capacity, 2), **report(watch, full, options.max_step_tokens)}
+        figures = {"bench": "load", "policy": args.policy, "minutes": args.minutes, "capacity_per_s": round(capacity, 2)}
+        figures |= report(watch, full, options.max_step_tokens)
         figures |= {"appends_per_step": round(per_step, 1), "blocks_used_at_end": stats["blocks_used"], "preemptions": stats["preemptions"],
                     "prefix_hits": stats["prefix_hits"], "failed_steps": stats["failed_steps"]}
     if args.json:

@@ -61,6 +61,25 @@ def test_order_of_arrival():
     assert order == list(range(5))
 
 
+def test_a_cancel_waits_for_one_step_alone():
+    turn, order = Turn(), list[str]()
+
+    def work(name: str, soon: bool) -> None:
+        turn.take(soon=soon)
+        order.append(name)
+        turn.give()
+
+    turn.take()
+    threads = [threading.Thread(target=work, args=(name, name == "cancel")) for name in ("a", "b", "cancel")]
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        waiting(turn, count)
+    turn.give()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["cancel", "a", "b"]
+
+
 def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
     turn = Turn()
     turn.take()
@@ -76,7 +95,7 @@ def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
 
     with monkeypatch.context() as patch:
         lock = threading.Lock
-        patch.setattr("octavo.runtime.engine.threading.Lock", lambda: Gate())
+        patch.setattr("octavo.runtime.engine.threading.Lock", Gate)
         with pytest.raises(KeyboardInterrupt):
             turn.take(lambda: False)
         patch.setattr("octavo.runtime.engine.threading.Lock", lock)
