@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const closed = { before: new Set(), after: new Set() };     // groups that are drawn as one box
 let zoom = 1, picked = null, query = "", whole = false, at = 0, sides = null;
-const NEAR = 2, MANY = 260;   // steps around a change, and how many nodes are drawn without being asked to
+const NEAR = 2, MANY = 260, MOST = 900;   // steps around a change; how many nodes are drawn without being asked to; how many changed ones
 
 const element = (name, attributes = {}, text = null) => {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -143,9 +143,10 @@ function visible(side, shut) {
   for (let step = 0; step < NEAR; step++) {
     const next = new Set(seen);
     for (const [from, to] of side.edges) { if (seen.has(from)) next.add(to); if (seen.has(to)) next.add(from); }
+    if (next.size > MANY) break;   // what everything reads brings everything
     seen = next;
   }
-  if (!seen.size) seen = new Set(nodes.slice(0, MANY).map((node) => node.id));
+  if (!seen.size || seen.size > MOST) seen = new Set([...(seen.size ? seen : nodes.map((node) => node.id))].slice(0, seen.size ? MOST : MANY));
   return seen;
 }
 

@@ -60,6 +60,18 @@ def test_a_picked_change_and_a_search_are_shown(models, tmp_path):
     assert hits == 4, "of each graph's four layers one is drawn"
 
 
+def test_a_value_that_everything_reads_does_not_draw_everything(tmp_path):
+    def write(name: str, odd: str) -> Path:
+        nodes = [helper.make_node("Relu", ["x"], ["h"]), *(helper.make_node(odd if i == 9 else "Neg", ["h"], [f"y{i}"]) for i in range(3000))]
+        nodes.append(helper.make_node("Concat", [f"y{i}" for i in range(3000)], ["z"], axis=0))
+        ports = [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["n"]) for value in ("x", "z")]
+        onnx.save(helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:]), opset_imports=[helper.make_opsetid("", 21)]), tmp_path / name)
+        return tmp_path / name
+
+    found = dom(written((write("a.onnx", "Neg"), write("b.onnx", "Abs"))), tmp_path)
+    assert 0 < int(re.search(r'data-drawn="(\d+)"', found)[1]) < 600
+
+
 def test_names_that_are_markup_stay_text(tmp_path):
     evil = "</script><img src=x onerror=alert(1)>"
     graph = helper.make_graph(
