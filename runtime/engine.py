@@ -11,13 +11,14 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ..errors import CapacityError, DeadlineError, OctavoError, QueueFullError, StepError
+from ..errors import CapacityError, DeadlineError, OctavoError, QueueFullError, RequestError, StepError
 from .decisions import DecisionLog
-from .executor import Executor, Logits
+from .executor import Executor, Logits, step_error
 from .pace import Pace, Policy
 from .plan import SequenceState, Slice, StepPlan
 from .request import AppendRequest, GenerateRequest, Request
 from .sampler import Row, open_sampler
+from .saved import CacheState
 from .scheduler import Schedule, Scheduler
 
 
@@ -96,6 +97,7 @@ class Engine:
         self._pace = Pace(policy, executor.limits.max_tokens)
         self._max_waiting = max_waiting
         self._timed: set[Request] = set()       # requests with a deadline
+        self._closed = False
         self._last_end: float | None = None
         self._seconds_per_request = 1.0         # between two that end, on average
         # Sequences with something cached that nobody computes, the longest untouched first.
@@ -129,6 +131,8 @@ class Engine:
         Raises CapacityError for an append for which there is no room now, QueueFullError, and DeadlineError for one that is late already.
         """
         requests = list(requests)
+        if self._closed:
+            raise _closed_error()
         self.collect_dropped()
         self._refuse(requests)
         for request in requests:
@@ -144,6 +148,14 @@ class Engine:
             self._scheduler.add(request, admitted=not request.preemptable)
             if request.deadline is not None:
                 self._timed.add(request)
+
+    def close(self) -> None:
+        """Fails every request, of whichever thread, and takes no more."""
+        with self.turn:
+            self._closed = True
+            self.collect_dropped()
+            for request in self._scheduler.requests:
+                self._fail(request, _closed_error())
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """Under the turn. Ends requests that nobody waits for any more; an append leaves its sequence as it was."""
@@ -259,7 +271,12 @@ class Engine:
                 self._fail(request, outcome)
                 del unread[request]
                 continue
-            request.accept(part, outcome, self._sampler)
+            try:
+                request.accept(part, outcome, self._sampler)
+            except Exception as error:
+                self._fail(request, self._fault(error, part))
+                del unread[request]
+                continue
             if isinstance(request, GenerateRequest) and request.num_pending == 0:
                 work += [(twin, part, outcome[-1]) for twin in (*self._forks(request, part, unread), request)]
                 continue
@@ -273,9 +290,13 @@ class Engine:
                 self._record(failure, StepPlan((part,)))
                 self._fail(request, failure)
             else:
-                request.take()
-                if request.done:
-                    self._retire(request)
+                try:
+                    request.take()
+                except Exception as error:
+                    self._fail(request, self._fault(error, part))
+                else:
+                    if request.done:
+                        self._retire(request)
             del unread[request]
 
     def _forks(self, request: GenerateRequest, part: Slice, unread: dict[Request, Slice]) -> list[GenerateRequest]:
@@ -294,7 +315,16 @@ class Engine:
         self.counters.update(forks=1)
         return self.executor.fork(sequence)
 
-    def close(self, sequence: SequenceState) -> None:
+    def restore(self, sequence: SequenceState, cache: CacheState) -> None:
+        """Under the turn. As the executor's; idle sequences make room."""
+        while True:
+            try:
+                return self.executor.restore(sequence, cache)
+            except CapacityError:
+                if not self._drop_idle():
+                    raise
+
+    def release(self, sequence: SequenceState) -> None:
         """Under the turn. Frees a sequence; twice is fine."""
         self._idle.pop(sequence, None)
         if sequence.cache is not None:
@@ -315,7 +345,7 @@ class Engine:
         if request.sequence.cache is None:
             return      # its sequence was dropped together with it
         if isinstance(request, GenerateRequest) and request.generation.owns_sequence:
-            self.close(request.sequence)
+            self.release(request.sequence)
             return
         if undo:
             self._undo(request)
@@ -329,6 +359,14 @@ class Engine:
             self.executor.truncate(request.sequence, request.length_before)
             del request.sequence.tokens[request.length_before :]
 
+    def _fault(self, error: Exception, part: Slice) -> OctavoError:
+        """What a request ends with that could not take its row (memory ran out, a tokenizer failed), so that nobody else ends with it."""
+        fault = step_error(error)
+        if not isinstance(fault, OctavoError):
+            raise fault
+        self._record(fault, StepPlan((part,)))
+        return fault
+
     def _record(self, error: OctavoError, plan: StepPlan) -> None:
         self.counters.update(failed_steps=1)
         self._decisions.run("step", "failed", str(error), where=f"{len(plan.slices)} sequences" if len(plan.slices) > 1 else "")
@@ -340,3 +378,7 @@ class Engine:
             f"{stats['blocks_free'] - stats['blocks_reserved']} of {stats['blocks_total']} blocks can be had, other sequences hold the rest",
             hint="close sequences, or load the model with more memory=",
         )
+
+
+def _closed_error() -> RequestError:
+    return RequestError("the model was closed", hint="load it again")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -112,7 +112,7 @@ class Model:
             return append(engine, [(state, ids)], "all")[0]
         finally:
             with engine.turn:
-                engine.close(state)
+                engine.release(state)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """The graph's own inputs to its own outputs, by name. UnsupportedError where compiling has replaced them (kind "paged")."""
@@ -153,7 +153,7 @@ class Model:
         is kept is damaged or another model's), CapacityError (no room for it).
         """
         assert self.engine is not None     # or it raises
-        if name is not None and not isinstance(name, str):
+        if name is not None and (not isinstance(name, str) or name.encode(errors="ignore").decode() != name):   # half a surrogate pair
             raise OptionError(f"name={name!r} is not a text")
         if name is not None and self._named is None:
             raise OptionError("named sessions need a place on disk", hint="load the model with RuntimeOptions(session_folder=…)")
@@ -211,10 +211,12 @@ class Model:
         return self._begin([(state.tokens, state)], params, streamed=streamed, deadline=deadline)[0]
 
     def close(self) -> None:
-        """Closes its sessions and lets go of session and caches. Closing twice is fine.
+        """Ends what runs (finish_reason "error"), closes its sessions, and lets go of session and caches. Closing twice is fine.
 
         Raises SavedSequenceError where a named session could not be written; all else is closed then.
         """
+        if self._engine is not None:
+            self._engine.close()
         first: SavedSequenceError | None = None
         for session in list(self._sessions):
             try:
@@ -251,7 +253,8 @@ class Model:
         params.check_vocab(engine.executor.vocab_size)
         check_priority(priority)
         check_salt(salt)
-        if deadline is not None and (isinstance(deadline, bool) or not isinstance(deadline, int | float) or not math.isfinite(deadline)):
+        number = isinstance(deadline, int | float) and not isinstance(deadline, bool)
+        if deadline is not None and not (number and abs(deadline) <= sys.float_info.max):   # isfinite() overflows on an int beyond it
             raise OptionError(f"deadline={deadline!r} is not a number of seconds")
         end = None if deadline is None else engine.clock() + deadline
         generations = [self._generation(ids, params, owns=state is None, streamed=streamed, deadline=end) for ids, state in work]
@@ -273,7 +276,7 @@ class Model:
             except BaseException:
                 for request in requests:
                     if request.generation.owns_sequence:
-                        engine.close(request.sequence)
+                        engine.release(request.sequence)
                 raise
         return generations
 

@@ -7,6 +7,7 @@ A session's folder is replaced as a whole, so that what is there is of one momen
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Sequence
@@ -40,12 +41,17 @@ class NamedSessions:
             self._open.add(name)
 
     def release(self, name: str) -> None:
-        with self._lock:
-            self._open.discard(name)
+        # No lock: a finalizer calls this, in the middle of anything, which may hold it.
+        self._open.discard(name)
 
     def load(self, name: str, fingerprint: str) -> list[SavedSequence]:
         """The sequences of a session, in order; none where it is new. SavedSequenceError where one can't be used."""
         folder = self._of(name)
+        if not folder.exists():
+            # The process was ended between the two renames of `store`.
+            for left in self._folder.glob(f".{folder.name}.*.old"):
+                os.replace(left, folder)
+                break
         files = sorted(folder.glob("*.seq"), key=lambda file: int(file.stem)) if folder.is_dir() else []
         return [read_sequence(file, fingerprint) for file in files]
 
@@ -56,6 +62,8 @@ class NamedSessions:
             for index, sequence in enumerate(sequences):
                 write_sequence(staged.folder / f"{index}.seq", sequence)
             staged.commit()
+        for left in self._folder.glob(f".{self._of(name).name}.*"):     # of a process that was ended while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         self._make_room(keep=self._of(name))
 
     def _of(self, name: str) -> Path:
@@ -66,8 +74,8 @@ class NamedSessions:
 
     def _make_room(self, keep: Path) -> None:
         with self._lock:
-            open_now = {self._of(name) for name in self._open}
-            sessions = sorted((folder for folder in self._folder.iterdir() if _is_session(folder)), key=lambda folder: folder.stat().st_mtime_ns)
+            open_now = {self._of(name) for name in self._open.copy()}
+            sessions = sorted((folder for folder in self._folder.glob("[!.]*") if _is_session(folder)), key=lambda folder: folder.stat().st_mtime_ns)
             sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in sessions}
             excess = 0 if self._limit is None else sum(sizes.values()) - self._limit
             for folder in sessions:

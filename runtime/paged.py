@@ -109,9 +109,10 @@ class PagedExecutor:
             self._counters["recomputed"] += state.length
             return
         blocks = _blocks(sequence)
-        self._tables.place(blocks, state.length)
+        whole = state.length // self._block_size * self._block_size
+        self._tables.place(blocks, whole)
         tables = [[block for block in table if block >= 0] for table in blocks.tables]
-        if [(array.dtype, array.shape) for array in state.arrays] != self._store.shapes(tables):
+        if whole != state.length or [(array.dtype, array.shape) for array in state.arrays] != self._store.shapes(tables):
             self._tables.truncate(blocks, 0)
             raise SavedSequenceError("the saved cache is none of this model's", hint="compute the sequence again from its tokens")
         self._store.write(tables, state.arrays)

@@ -166,7 +166,11 @@ class GenerateRequest(Request):
 
     def fail(self, error: OctavoError) -> None:
         self._error = str(error)
-        self._end("error", self._rest(), ())
+        try:
+            text = self._rest()
+        except Exception:       # the tokenizer may be what failed
+            text = ""
+        self._end("error", text, ())
         if self.index == 0:
             for index in range(len(self.generation.requests), self.generation.params.n):
                 self.generation.pieces.append(Piece(index, "", (), finish_reason="error", error=self._error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 def _token_ids(name: str, ids: Any) -> list[int]:
     try:
-        values = [int(token) for token in ids if not isinstance(token, bool | float)]
+        values = [operator.index(token) for token in ids if not isinstance(token, bool)]
     except (TypeError, ValueError):
         values = None
     if values is None or len(values) != len(ids) or any(token < 0 for token in values):

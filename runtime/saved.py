@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SavedSequenceError
+from ..errors import OptionError, SavedSequenceError
 from ..models.json_record import SchemaError, read_record
 
 _MAGIC = b"OCTAVOSQ"
@@ -72,7 +73,9 @@ class SavedSequence:
 
 def write_sequence(path: str | os.PathLike[str], saved: SavedSequence) -> None:
     """Writes a file in the place of `path`, which is as it was where that fails (SavedSequenceError)."""
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(check_path(path)))
+    if not path.name:
+        raise SavedSequenceError(f"{path} can't be written: it is a folder", hint="give the name of a file")
     arrays = [np.ascontiguousarray(array) for array in saved.cache.arrays]
     import hashlib  # not before it is needed: libcrypto is 4 MB
 
@@ -91,18 +94,27 @@ def write_sequence(path: str | os.PathLike[str], saved: SavedSequence) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(written, path)
-    except OSError as error:
-        written.unlink(missing_ok=True)
-        raise SavedSequenceError(f"{path} can't be written: {error.strerror}", hint="free some space, or choose another place") from error
+    except (OSError, ValueError) as error:      # a ValueError for a name with a null character
+        with suppress(OSError, ValueError):
+            written.unlink(missing_ok=True)
+        raise SavedSequenceError(f"{path} can't be written: {getattr(error, 'strerror', error)}", hint="free some space, or choose another place") from error
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """OptionError where it is none: a number would be taken for an open file."""
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"{path!r} is not a path")
+    return Path(path)
 
 
 def read_sequence(path: str | os.PathLike[str], fingerprint: str) -> SavedSequence:
     """What `path` holds. SavedSequenceError where it is missing, damaged, of another version or of another model than `fingerprint`'s."""
+    path = check_path(path)
     try:
-        with open(path, "rb") as file:
-            return _read(file, Path(path), fingerprint)
-    except OSError as error:
-        raise SavedSequenceError(f"{path} can't be read: {error.strerror}", hint="give a file that Sequence.save wrote") from error
+        with path.open("rb") as file:
+            return _read(file, path, fingerprint)
+    except (OSError, ValueError) as error:
+        raise SavedSequenceError(f"{path} can't be read: {getattr(error, 'strerror', error)}", hint="give a file that Sequence.save wrote") from error
 
 
 def _read(file: BinaryIO, path: Path, fingerprint: str) -> SavedSequence:

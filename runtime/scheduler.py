@@ -88,6 +88,10 @@ class Scheduler(Generic[R]):
         return len(self._running)
 
     @property
+    def requests(self) -> list[R]:
+        return [*self._running, *self._waiting]
+
+    @property
     def num_decoding(self) -> int:
         """Rows of the next step that go on with a sequence, token by token."""
         return min(sum(map(_decodes, self._running)), self.limits.max_sequences)

@@ -92,10 +92,10 @@ class Session:
             state = engine.executor.open(saved.scope)
             state.tokens.extend(tokens)
             try:
-                engine.executor.restore(state, saved.cache)
+                engine.restore(state, saved.cache)
                 engine.rest(state)
             except BaseException:
-                engine.close(state)
+                engine.release(state)
                 raise
         return self._adopt(state)
 
@@ -106,7 +106,10 @@ class Session:
         grown, and StepError is raised.
         """
         self._check_open()
-        work = list(work)
+        try:
+            work = [(sequence, ids) for sequence, ids in work]
+        except (TypeError, ValueError):
+            raise RequestError("append_batch takes pairs of a sequence and its token ids") from None
         sequences = [sequence for sequence, _ in work]
         if any(not isinstance(sequence, Sequence) or sequence._model is not self._model for sequence in sequences):
             # Another model's blocks mean nothing here, and would be written all the same.
@@ -128,6 +131,8 @@ class Session:
             return
         if self._name is not None:
             assert self._store is not None
+            for sequence in self.sequences:
+                sequence.end_stream()
             self._store.store(self._name, [sequence._saved() for sequence in self.sequences])
         self._discard()
 
@@ -241,16 +246,21 @@ class Sequence:
                 cache = engine.executor.save(state)
             return SavedSequence(self._model.fingerprint, state.scope, tuple(state.tokens), cache)
 
-    def close(self) -> None:
-        """Frees what the sequence holds. Closing twice is fine."""
+    def end_stream(self) -> None:
+        """Closes the stream that the sequence may have; what it generated so far is kept."""
         with self._lock:
             if self._stream is not None and (stream := self._stream()) is not None:
                 stream.close()
+
+    def close(self) -> None:
+        """Frees what the sequence holds. Closing twice is fine."""
+        with self._lock:
+            self.end_stream()
             if self._finalizer.detach():
                 engine = self._model.engine
                 with engine.turn:
                     engine.collect_dropped()
-                    engine.close(self._state)
+                    engine.release(self._state)
 
     def _params(self, params: SamplingParams | None) -> SamplingParams:
         params = self._model.default_params if params is None else params
@@ -269,8 +279,14 @@ class Sequence:
             self._model.check_open()
             if not self._finalizer.alive:
                 raise RequestError("the sequence is closed", hint="make another with session.new_sequence()")
-            if self._stream is not None and (stream := self._stream()) is not None and not stream.ended:
-                raise RequestError("the sequence is being streamed", hint="read the stream to its end, or close() it")
+            if self._stream is not None:
+                if (stream := self._stream()) is None:
+                    with self._model.engine.turn:
+                        # A stream that was dropped: the step that runs now may be its last, and no token may come after this.
+                        self._model.engine.collect_dropped()
+                    self._stream = None
+                elif not stream.ended:
+                    raise RequestError("the sequence is being streamed", hint="read the stream to its end, or close() it")
             yield
 
 
@@ -291,7 +307,7 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
             state.tokens.extend(ids)
         try:
             engine.submit(requests)
-        except CapacityError:
+        except BaseException:
             for request in requests:
                 del request.sequence.tokens[request.length_before :]
             raise
@@ -330,4 +346,4 @@ def check_length(engine: Engine, length: int) -> None:
 
 def _drop(engine: Engine, state: SequenceState) -> None:
     """A finalizer: it may run in the middle of a step, so it only leaves a note."""
-    engine.drop(lambda: engine.close(state))
+    engine.drop(lambda: engine.release(state))

@@ -213,3 +213,16 @@ def test_what_grows_after_a_truncation_is_entered_under_its_own_tokens():
         machine.adopt(None, tokens)
         assert len(machine.live[-1][1]) == length
         machine.holds()
+
+
+def test_tokens_with_the_same_hash_are_not_the_same_prefix():
+    """Python's hash of an integer is its remainder by 2⁶¹ − 1: these collide, in every block of the path."""
+    tables = BlockTables([None, 3], 12, P, prefix_cache=True)
+    ours, theirs = list(range(1, 10)), [token + 2**61 - 1 for token in range(1, 10)]
+    assert hash(tuple(ours)) == hash(tuple(theirs))
+    blocks = tables.open()
+    tables.commit(tables.extend(blocks, 0, 9))
+    tables.settle(blocks, ours, 9)
+    same, other = tables.open(), tables.open()
+    assert (tables.adopt(same, ours, 8), tables.adopt(other, theirs, 8)) == (8, 0)
+    tables.check()

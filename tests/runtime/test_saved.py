@@ -170,12 +170,129 @@ def test_a_full_disk_leaves_the_old_file(paged, tmp_path, monkeypatch):
 
 
 def test_no_room_is_said(tools, paths, op_library, tmp_path):
+    """Idle sequences make room for a restored one, running ones don't."""
     with tools.small_paged(paths, 4) as model:
         sequence = grown(model)
         sequence.save(tmp_path / "a.seq")
+        expected = sequence.append(NEXT[:1])
+        restored = model.begin_session().restore(tmp_path / "a.seq")
+        assert model.stats()["idle_drops"] == 1
+        np.testing.assert_array_equal(restored.append(NEXT[:1]), expected)
+        stream = restored.stream(octavo.SamplingParams(max_tokens=5, ignore_eos=True))
+        next(stream)
         with pytest.raises(CapacityError):
             model.begin_session().restore(tmp_path / "a.seq")
-        sequence.append(NEXT[:1])
+        assert len(list(stream)) == 4
+
+
+def test_any_byte_may_be_damaged(paged, tmp_path):
+    """Header, arrays, checksum: bits turned, bytes cut out or doubled, parts overwritten; and nothing is left behind in the pool."""
+    rng = np.random.default_rng(1)
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    data = (tmp_path / "a.seq").read_bytes()
+    header = 12 + int.from_bytes(data[8:12], "little")
+    before = paged.stats()
+    places = [*range(12), *rng.integers(12, header, 150).tolist(), *rng.integers(header, len(data), 100).tolist(), *range(len(data) - 32, len(data))]
+    for at in places:
+        how = rng.integers(4)
+        damaged = [data[:at] + bytes([data[at] ^ 1 << rng.integers(8)]) + data[at + 1 :], data[:at], data[:at] + data[at + 1 :],
+                   data[:at] + rng.bytes(4) + data[at:]][how]
+        (tmp_path / "b.seq").write_bytes(damaged)
+        with pytest.raises(SavedSequenceError):
+            paged.begin_session().restore(tmp_path / "b.seq")
+    assert paged.stats() == before
+    sequence.append(NEXT)
+
+
+@pytest.mark.parametrize("length", [0, 17, 31, 45])
+def test_a_length_that_fits_no_blocks(paged, tmp_path, length):
+    """The checksum holds: somebody wrote it."""
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    state = saved_module.read_sequence(tmp_path / "a.seq", paged.fingerprint)
+    other = saved_module.CacheState(state.cache.layout, length, state.cache.arrays)
+    saved_module.write_sequence(tmp_path / "b.seq", saved_module.SavedSequence(state.fingerprint, None, state.tokens, other))
+    before = paged.stats()
+    with pytest.raises(SavedSequenceError, match="none of this model's"):
+        paged.begin_session().restore(tmp_path / "b.seq")
+    assert paged.stats() == before
+
+
+def test_a_disk_that_fills_up_anywhere_leaves_the_old_file(paged, named, tmp_path):
+    """A limit on the size of files: the operating system itself refuses, at every part of the file and of a named session."""
+    resource = pytest.importorskip("resource")
+    sequence = grown(paged)
+    sequence.save(tmp_path / "a.seq")
+    old, limits = (tmp_path / "a.seq").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with named() as model:
+        session = model.begin_session(name="a")
+        session.new_sequence().append(IDS)
+        session.close()
+        session = model.begin_session(name="a")
+        session.sequences[0].append(NEXT)
+        for size in (0, 5, 11, 300, 5000, len(old) - 40, len(old) - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                for write in (lambda: sequence.save(tmp_path / "a.seq"), session.close):
+                    with pytest.raises(SavedSequenceError):
+                        write()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert (tmp_path / "a.seq").read_bytes() == old
+            assert sorted(os.listdir(tmp_path)) == ["a.seq", "sessions"] and len(os.listdir(tmp_path / "sessions")) == 1
+        session.close()
+        assert len(model.begin_session(name="a").sequences[0]) == len(IDS) + len(NEXT)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5])
+def test_a_process_that_is_ended_while_it_writes_loses_nothing(named, tmp_path, at):
+    """Before the n-th of the calls that make a file or a folder final: what was there, or what came after it, is there whole."""
+    with named(prefix_cache=False) as model:
+        session = model.begin_session(name="a")
+        session.new_sequence().append(IDS)
+        session.sequences[0].save(tmp_path / "a.seq")
+        session.close()
+    code = f"""
+import os, sys, octavo
+options = octavo.RuntimeOptions(threads=1, block_size=16, session_folder=sys.argv[2])
+model = octavo.load(sys.argv[1], options=options)
+session = model.begin_session(name="a")
+session.sequences[0].append({NEXT})
+calls = []
+def ending(call):
+    def wrapped(*given):
+        calls.append(call)
+        if len(calls) > {at}:
+            os._exit(9)
+        return call(*given)
+    return wrapped
+os.fsync, os.replace = ending(os.fsync), ending(os.replace)
+session.sequences[0].save(sys.argv[3])
+session.close()
+"""
+    given = [sys.executable, "-c", code, str(named.paths.paged), str(tmp_path / "sessions"), str(tmp_path / "a.seq")]
+    assert subprocess.run(given, check=False).returncode == 9
+    with named() as model:
+        [kept] = model.begin_session(name="a").sequences
+        file = model.begin_session().restore(tmp_path / "a.seq")
+        assert file.tokens == tuple(IDS + NEXT if at >= 2 else IDS)
+        assert kept.tokens == tuple(IDS)
+        session = model.begin_session(name="b")
+        session.close()
+
+
+def test_what_an_ended_process_left_is_cleared(named, tmp_path):
+    with named() as model:
+        for _ in range(2):
+            session = model.begin_session(name="a")
+            session.close()
+            [folder] = (tmp_path / "sessions").iterdir()
+            left = folder.with_name(f".{folder.name}.00.writing")
+            left.mkdir()
+            (left / "name.txt").write_text("a")
+        model.begin_session(name="a").close()
+        assert list((tmp_path / "sessions").iterdir()) == [folder]
 
 
 def test_a_path_is_a_path(paged, tmp_path):
@@ -184,6 +301,10 @@ def test_a_path_is_a_path(paged, tmp_path):
     sequence.save(Path(tmp_path / "a.seq"))
     with pytest.raises(SavedSequenceError, match="can't be written"):
         sequence.save(tmp_path / "no" / "a.seq")
+    for wrong, error in (("/", SavedSequenceError), ("a\0b", SavedSequenceError), ("a" * 5000, SavedSequenceError), (5, OptionError), (None, OptionError)):
+        for use in (sequence.save, paged.begin_session().restore):
+            with pytest.raises(error):
+                use(wrong)
 
 
 # --- named sessions -----------------------------------------------------------------------------------------------------------
@@ -195,6 +316,7 @@ def named(paths, op_library, tmp_path):
     def load(name="paged", **options):
         given = {"threads": 1, "block_size": 16, "session_folder": tmp_path / "sessions", **options}
         return octavo.load(getattr(paths, name), options=octavo.RuntimeOptions(**given))
+    load.paths = paths
     return load
 
 
@@ -235,6 +357,27 @@ def test_a_name_is_one_sessions_at_a_time(named):
         session.close()
         model.begin_session(name="a")     # dropped: free again
         model.begin_session(name="a").close()
+
+
+def test_a_stream_ends_when_its_named_session_is_closed(named):
+    with named() as model:
+        session = model.begin_session(name="a")
+        sequence = session.new_sequence()
+        sequence.append(IDS)
+        stream = sequence.stream(octavo.SamplingParams(max_tokens=9, ignore_eos=True))
+        next(stream)
+        session.close()
+        assert list(stream) == [] and len(model.begin_session(name="a").sequences[0]) == len(IDS) + 1
+
+
+def test_a_name_is_given_back_in_the_middle_of_anything(named, tmp_path):
+    """A finalizer may run while the same thread holds the lock."""
+    with named() as model:
+        store = model._named
+        store.claim("x")
+        with store._lock:
+            store.release("x")
+        store.claim("x")
 
 
 def test_the_longest_unused_session_goes_first(named):
@@ -283,8 +426,15 @@ def test_a_damaged_session_says_so(named, tmp_path):
 def test_names_need_a_folder(paged, named, tmp_path):
     with pytest.raises(OptionError, match="session_folder"):
         paged.begin_session(name="a")
-    with named() as model, pytest.raises(OptionError, match="text"):
-        model.begin_session(name=3)
+    for name in (3, b"a", "\ud800"):
+        with named() as model, pytest.raises(OptionError, match="text"):
+            model.begin_session(name=name)
+    for name in ("", ".", "../a", "/", "a\0b", "x" * 5000, "👩\u200d💻"):
+        with named() as model:
+            with model.begin_session(name=name) as session:
+                session.new_sequence().append(IDS[:3])
+            assert [len(sequence) for sequence in model.begin_session(name=name).sequences] == [3]
+    assert {path.name for path in tmp_path.iterdir()} == {"sessions"}
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="can't be made"):
         named(session_folder=tmp_path / "file" / "x")
