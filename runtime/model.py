@@ -251,6 +251,8 @@ class Model:
         if params.stop_strings and self.tokenizer is None:
             raise UnsupportedError("stop strings need a tokenizer, and the model has none", hint="use stop_token_ids")
         params.check_vocab(engine.executor.vocab_size)
+        if streamed and params.best_of is not None:
+            raise RequestError("a stream has no best_of: its completions are known at the end", hint="use generate")
         check_priority(priority)
         check_salt(salt)
         number = isinstance(deadline, int | float) and not isinstance(deadline, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -97,7 +98,10 @@ class Generation:
     def result(self) -> Result:
         completions = [request.completion() for request in self.requests]
         # Completions that a failure of the prompt kept from beginning end as the first did.
-        completions += [completions[0]] * (self.params.n - len(completions))
+        completions += [completions[0]] * (self.params.num_completions - len(completions))
+        if self.params.best_of is not None:
+            scores = [request.score for request in self.requests] + [-math.inf] * (len(completions) - len(self.requests))
+            completions = [completions[i] for i in sorted(range(len(completions)), key=lambda i: -scores[i])[: self.params.n]]
         return Result(
             prompt_token_ids=self.prompt, completions=tuple(completions),
             prompt_logprobs=None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs),
@@ -131,9 +135,16 @@ class GenerateRequest(Request):
         return min(known, len(self.sequence.tokens) - 1)
 
     @property
+    def score(self) -> float:
+        """The mean log probability of a token; what failed is behind all else."""
+        if self._finish == "error" or not self._logprobs:
+            return -math.inf
+        return sum(logprob.logprob for logprob in self._logprobs) / len(self._logprobs)
+
+    @property
     def forks_wanted(self) -> range:
         """Completions to fork off before the first token is drawn."""
-        return range(len(self.generation.requests), self.generation.params.n if self.index == 0 else 0)
+        return range(len(self.generation.requests), self.generation.params.num_completions if self.index == 0 else 0)
 
     def fork(self, sequence: SequenceState, index: int) -> GenerateRequest:
         return GenerateRequest(sequence, self.generation, index, self._text.fork() if self._text else None)
@@ -172,7 +183,7 @@ class GenerateRequest(Request):
             text = ""
         self._end("error", text, ())
         if self.index == 0:
-            for index in range(len(self.generation.requests), self.generation.params.n):
+            for index in range(len(self.generation.requests), self.generation.params.num_completions):
                 self.generation.pieces.append(Piece(index, "", (), finish_reason="error", error=self._error))
 
     def completion(self) -> Completion:

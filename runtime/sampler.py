@@ -30,7 +30,8 @@ class Draw:
         self.row = SampleRow(
             temperature=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=max(params.top_k, 0), given=-1,
             repetition=params.repetition_penalty, frequency=params.frequency_penalty, presence=params.presence_penalty,
-            seed=seed, completion=completion, logprobs=-1 if params.logprobs is None else params.logprobs,
+            seed=seed, completion=completion,
+            logprobs=params.logprobs if params.logprobs is not None else -1 if params.best_of is None else 0,
         )
         bias = params.logit_bias
         self._bias_ids, self._bias = np.array(list(bias), np.int32), np.array(list(bias.values()), np.float64)
@@ -54,7 +55,7 @@ class Draw:
 
     @property
     def logprob(self) -> TokenLogprob | None:
-        """Where params.logprobs asks for it."""
+        """Where params.logprobs or best_of asks for it."""
         return None if self.row.logprobs < 0 else _logprob(self.row)
 
     def add(self, token: int) -> None:

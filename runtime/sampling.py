@@ -30,6 +30,7 @@ class SamplingParams:
     stop: a text, or up to 64 of 1 … 1024 characters; the completion's text ends before the first that appears.
     stop_token_ids: end at these too (besides the model's own end tokens). ignore_eos: the model's own end tokens don't end it.
     seed: 0 … 2^64−1; None: a fresh one.                            n: 1 … 128 completions, which share the prompt's blocks.
+    best_of: n … 128 completions are computed, and the n with the highest mean log probability of a token given, best first; None: just n.
     logprobs, prompt_logprobs: 0 … 20 most likely tokens beside the token itself; None: none.
     """
 
@@ -48,6 +49,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    best_of: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -63,6 +65,7 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _int("seed", self.seed, 0, 2**64 - 1, optional=True)
         _int("n", self.n, 1, MAX_N)
+        _int("best_of", self.best_of, self.n, MAX_N, optional=True)
         _int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if not isinstance(self.ignore_eos, bool):
@@ -74,6 +77,11 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop)
+
+    @property
+    def num_completions(self) -> int:
+        """To compute."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def penalizes(self) -> bool:

@@ -266,8 +266,8 @@ class Sequence:
         params = self._model.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise OptionError(f"params is a {type(params).__name__}, not SamplingParams")
-        if params.n > 1 or params.prompt_logprobs is not None:
-            what = "n > 1" if params.n > 1 else "prompt_logprobs"
+        if params.num_completions > 1 or params.prompt_logprobs is not None:
+            what = "n > 1" if params.num_completions > 1 else "prompt_logprobs"
             hint = "fork() the sequence for several; append(rows='all') gives a prompt's logits"
             raise RequestError(f"a sequence has no {what}", hint=hint)
         return params

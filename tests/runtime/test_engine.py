@@ -449,3 +449,24 @@ def test_interleaved_streams(paged, alone):
         for out, piece in zip(tokens, pieces):
             out += piece.token_ids
     assert [tuple(t) for t in tokens] == [t for _, t in alone[:3]]
+
+
+def test_the_best_of_several_completions(paged):
+    """They are the completions that n would give, in order of their mean log probability; the prompt is computed once."""
+    params = {"max_tokens": 9, "seed": 4, "ignore_eos": True}
+    every = paged.generate([PROMPTS[0]], octavo.SamplingParams(n=6, logprobs=0, **params))[0].completions
+    before = paged.stats()
+    (result,) = paged.generate([PROMPTS[0]], octavo.SamplingParams(n=2, best_of=6, **params))
+    means = [sum(entry.logprob for entry in completion.logprobs) / 9 for completion in every]
+    best = sorted(every, key=lambda completion: -means[every.index(completion)])[:2]
+    assert [completion.token_ids for completion in result.completions] == [completion.token_ids for completion in best]
+    assert [completion.logprobs for completion in result.completions] == [None, None] and len(set(means)) == 6
+    assert paged.stats()["forks"] == before["forks"] + 5 and result.usage.completion_tokens == 54
+    sequence = paged.begin_session().new_sequence()
+    sequence.append(PROMPTS[0])
+    for use in (lambda: paged.stream(PROMPTS[0], octavo.SamplingParams(best_of=2)), lambda: sequence.generate(octavo.SamplingParams(best_of=2))):
+        with pytest.raises(RequestError):
+            use()
+    for wrong in (1, 129, True, 1.0):
+        with pytest.raises(octavo.errors.OptionError):
+            octavo.SamplingParams(n=2, best_of=wrong)

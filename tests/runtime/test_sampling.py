@@ -117,7 +117,7 @@ BAD = {
     "top_k": [-2, 1.0], "top_p": [0, 1.01, -1, math.nan], "min_p": [-0.1, 1.1], "repetition_penalty": [0, -1],
     "presence_penalty": [2.1, -2.1], "frequency_penalty": [2.1, -2.1, None], "logit_bias": [{1: 101}, {-1: 0}, {1: "x"}, [1], {1.5: 0}],
     "stop": ["", [""], [1], 5, None, ["x"] * 65, "x" * 1025], "stop_token_ids": [[-1], ["a"], [True], [1.0]], "ignore_eos": [1, None],
-    "seed": [-1, 2**64, 1.0], "n": [0, 129, True], "logprobs": [-1, 21, True], "prompt_logprobs": [-1, 21],
+    "seed": [-1, 2**64, 1.0], "n": [0, 129, True], "best_of": [0, 129, True, 1.5], "logprobs": [-1, 21, True], "prompt_logprobs": [-1, 21],
 }
 
 
