@@ -35,8 +35,8 @@ from .weights import WeightPlan, patterns
 
 Array = NDArray[np.float32]
 
-# How much of the difficulty goes into the weights: the paper's.
-ALPHA = 0.5
+# How much of the difficulty goes into the weights. On SmolLM2-135M 0.7 comes to a mean KL of 0.041, the paper's 0.5 to 0.061 (int8 in groups of 64).
+ALPHA = 0.7
 # Exponents beyond are cut: what is left is rounded with coarser steps, and float16 scales stay normal numbers.
 _MOST = 6
 
@@ -72,7 +72,8 @@ class SmoothLinears(ir.passes.InPlacePass):
                 assert source is not None
                 self._fold(sites, source, build)
         after, smoothed = graph_size(model), [site.name for sites in inputs for site in sites if str(site.weight.name) in self.factors]
-        notes = (f"{len(smoothed)} smoothed ({patterns(smoothed)})", *(f"{why}: {len(names)} ({patterns(names)})" for why, names in left.items()))
+        done = f"{len(smoothed)} smoothed ({patterns(smoothed)})" if smoothed else "none smoothed"
+        notes = (done, *(f"{why}: {len(names)} ({patterns(names)})" for why, names in left.items()))
         outcome = Outcome(
             "smooth_linears", "linears", sum(map(len, inputs)), len(smoothed), tuple(refusals), notes, nodes, after[0], size, after[1],
             perf_counter() - start,

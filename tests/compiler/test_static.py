@@ -13,6 +13,8 @@ import pytest
 from octavo.errors import OptionError, RefusedError
 from octavo.models.tiny import TINY, build_llama, tiny_weights, write_config
 from octavo.passes.linears import smooth
+from octavo.passes.quantize.groups import Scheme
+from octavo.passes.quantize.rtn import rtn
 
 IDS = np.random.default_rng(3).integers(3, 320, 500).tolist()
 STATIC: dict[str, Any] = {"weights": "int8", "activations": "int8-static", "kv_cache": "fp32"}
@@ -120,3 +122,19 @@ def test_a_model_without_such_linears_is_refused(options: dict[str, Any], messag
     with pytest.raises(RefusedError, match=message):
         _compile(folder, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_source_stores_quantized_stays_so(tmp_path: Path) -> None:
+    """Smoothing it would round it again: its scales are static, its weights exact, and a check proves that."""
+    import onnx_ir as ir
+
+    config = TINY["one_layer"]
+    weights = {name: rtn(array, Scheme(8, 32)).dequantize() if array.ndim == 2 else array for name, array in tiny_weights(config, 0).items()}
+    ir.save(build_llama(config, weights), tmp_path / "model.onnx")
+    write_config(tmp_path, config)
+    (tmp_path / "ids.json").write_text(json.dumps(IDS[:300]))
+    decided = _compile(tmp_path, tmp_path / "out", weights="stored")
+    assert decided["smoothing"].value == "0 of 8 linears" and "not rounded here" in decided["smoothing"].reason
+    assert json.loads((tmp_path / "out" / "octavo.json").read_text())["weights"] == "exact"
+    rewrite = [result for result in octavo.check(tmp_path / "out", tmp_path / "model.onnx").results if result.comparison == "rewrite"]
+    assert rewrite and all(result.ok and result.mean_kl is not None and result.mean_kl < 1e-8 for result in rewrite)
