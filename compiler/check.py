@@ -29,7 +29,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from ..custom_ops.contract import CACHE_FORMATS
+from ..custom_ops.contract import CACHE_FORMATS, QUANT_LINEAR
 from ..errors import OptionError, UnsupportedError
 from ..models.artifact import GRAPH, Artifact, ArtifactWriter
 from ..models.external_data import source_sha256
@@ -202,6 +202,8 @@ def with_cache(artifact: Artifact, folder: Path, cache: CacheName, *, activation
         for attribute in node.attribute:
             if node.op_type == "QuantLinear" and attribute.name == "activation_bits":
                 attribute.i = activation_bits
+                if activation_bits == 32:   # which are not rounded, with static scales or without
+                    del node.input[QUANT_LINEAR.input_index("activation_scale") :]
     layers = tuple(replace(layer, cache=cache) for layer in spec.cache_layers)
     ports = tuple(_cache_port(port, layers) for port in manifest.interface.inputs)
     caches = {port.name: port for port in ports if port.role in ("cache_key", "cache_value")}
