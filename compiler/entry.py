@@ -50,6 +50,7 @@ def compile(
         cache_layout=CACHE_LAYOUT if compiled.rewritten.kind == "paged" else None, octavo_version=_version(),
         thresholds=quality_thresholds(
             compiled.rewritten.spec, quantized=compiled.rewritten.quantized or options.quantizes, rounded=compiled.rewritten.rounded,
+            static=options.activations == "int8-static",
         ),
         weight_layout=WEIGHT_LAYOUT if any(node.op_type == "QuantLinear" for node in compiled.rewritten.model.graph) else None,
         weights="rounded" if compiled.rewritten.rounded else "exact",

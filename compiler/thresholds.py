@@ -33,6 +33,9 @@ _TIGHT: dict[CacheName, Limits] = {
 _INT8 = {"relative": 0.2, "mean_kl": 0.05, "top1": 0.75}
 # Weights rounded here to int8 or int4: as far off as such weights are, which `octavo eval` measures on text.
 _ROUNDED = {"relative": 0.5, "mean_kl": 0.3, "top1": 0.7}
+# Activations rounded with scales from calibration: on SmolLM2-135M (int8 in groups of 64) a prompt of 296 tokens has a mean KL of 0.06 and 86 % of
+# top-1, the cases of 18 rows 0.05 to 0.07 and 10 to 12 rows.
+_STATIC = {"relative": 0.5, "mean_kl": 0.3, "top1": 0.5}
 _TOP1 = 0.98
 
 
@@ -42,10 +45,12 @@ def tight(spec: ModelSpec | None) -> Limits:
     return next(limits for cache, limits in reversed(_TIGHT.items()) if cache in formats or cache == "fp32")
 
 
-def quality_thresholds(spec: ModelSpec | None, *, quantized: bool, rounded: bool = False) -> dict[str, float]:
+def quality_thresholds(spec: ModelSpec | None, *, quantized: bool, rounded: bool = False, static: bool = False) -> dict[str, float]:
     """What a compile records in the manifest: the limits against the source as it stands. `quantized`: one of the two sides multiplies in
-    int8; `rounded`: the artifact's weights are not the source's.
+    int8; `rounded`: the artifact's weights are not the source's; `static`: its activations are rounded with scales from calibration.
     """
+    if static:
+        return dict(_STATIC)
     if rounded:
         return dict(_ROUNDED)
     if quantized:
