@@ -20,7 +20,7 @@ namespace octavo {
 inline constexpr int kTileOutputs = 16;   // lanes of a tile
 inline constexpr int kUnitTiles = 2;      // tiles that one thread computes together: a gate and its values, or two neighbours
 inline constexpr int kUnitOutputs = kTileOutputs * kUnitTiles;
-inline constexpr int kChunkRows = 64;     // rows of one call of `multiply`, at most
+inline constexpr int kChunkRows = 96;     // rows of one call of `multiply`, at most; a multiple of every row_block
 
 enum ZeroPoint : int { kSymmetric = 0, kZeroPointBytes = 1, kMinimum = 2 };
 enum Gate : int { kNoGate = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };

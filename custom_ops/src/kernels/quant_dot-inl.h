@@ -7,17 +7,11 @@
 
 namespace octavo::OCTAVO_QUANT_TARGET {
 
-enum Lines { kNibbles, kWholeBytes };  // two quads of k in a line, or one
-
 inline constexpr int kLineBytes = 64;
 // Lines that are asked for before they are needed, in bytes of lines: a multiple of every group's. Worth up to a factor of 3 where weights come from
 // memory; on Zen 5, 6 KB reach nine tenths of the bandwidth, 4 KB three quarters.
 inline constexpr int kAhead = 6144;
 inline constexpr int kStretch = 32;  // k between two flushes: every group is a multiple
-
-// Lines come straight from the weight, and not unpacked from the first-level cache.
-template <int Bits, Lines L>
-inline constexpr bool kStreams = L == kNibbles || Bits == 8;
 
 // T neighbouring tiles of a weight.
 template <int T>
@@ -46,9 +40,9 @@ struct Numbers {
   std::int64_t tile_bytes, group_bytes;
   bool half;
 
-  OCTAVO_INLINE Numbers(const PackedWeight& w, const std::uint8_t* tile, std::int64_t offset, int g0)
+  OCTAVO_INLINE Numbers(const PackedWeight& w, const std::uint8_t* tile, std::int64_t offset)
       : tile_bytes(w.tile_bytes), group_bytes(w.half_scales ? 2 * kTileOutputs : 4 * kTileOutputs), half(w.half_scales) {
-    at = tile + offset + g0 * group_bytes;
+    at = tile + offset;
   }
   OCTAVO_INLINE Vec of(int t) const {
     const std::uint8_t* p = at + t * tile_bytes;
@@ -59,10 +53,9 @@ struct Numbers {
 
 // acc[r][t] += the integer products of one group: `Stretches` · 32 k from `line` and `q`, which move on, as `ahead` does. With Stretches = 0 their number
 // is `stretches`.
-template <int R, int T, int Bits, Lines L, int Stretches>
+template <int R, int T, int Bits, int Stretches>
 OCTAVO_INLINE void sum_group(const std::uint8_t** line, const std::int8_t** q, const std::uint8_t** ahead, std::int64_t tile_bytes, int stretches,
                              Sum<Bits> (*acc)[T]) {
-  constexpr int kStep = L == kWholeBytes && Bits == 4 ? kUnitTiles * kLineBytes : kLineBytes;  // unpacked tiles lie line by line
   const auto quad = [&](const Bytes* bytes) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -75,19 +68,19 @@ OCTAVO_INLINE void sum_group(const std::uint8_t** line, const std::int8_t** q, c
   };
   const auto stretch = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int v = 0; v < (L == kNibbles ? kStretch / 8 : kStretch / 4); ++v) {
+    for (int v = 0; v < kStretch * Bits / 32; ++v) {
       Bytes whole[T], low[T], high[T];
       for (int t = 0; t < T; ++t) {
         whole[t] = load_bytes(line[t]);
-        if constexpr (kStreams<Bits, L>) prefetch(*ahead + t * tile_bytes);
-        line[t] += kStep;
-        if constexpr (L == kNibbles) {
+        prefetch(*ahead + t * tile_bytes);
+        line[t] += kLineBytes;
+        if constexpr (Bits == 4) {
           low[t] = low_nibbles(whole[t]);
           high[t] = high_nibbles(whole[t]);
         }
       }
       *ahead += kLineBytes;
-      if constexpr (L == kNibbles) {
+      if constexpr (Bits == 4) {
         quad(low);
         quad(high);
       } else {
@@ -106,25 +99,24 @@ OCTAVO_INLINE void sum_group(const std::uint8_t** line, const std::int8_t** q, c
   }
 }
 
-// f[r][t] += groups [g0, g1) of T tiles by R rows. lines[t] is the first line of group g0. f is kept in registers where it fits. No branch
-// lies between the begin and the end of the integer sums: at one, GCC would move them all about.
-template <int R, int T, int Bits, Lines L, int Stretches, bool ZeroPoints>
-OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
-  constexpr bool kKept = R * T <= kKeptSums;
+// f[r][t] = T tiles by R rows. f is kept in registers where it fits. No branch lies between the begin and the end of the integer sums: at one, GCC
+// would move them all about.
+template <int R, int T, int Bits, int Stretches, ZeroPoint Zero>
+OCTAVO_INLINE void int8_product(const TileHeads<T>& heads, const Block& block, float* f) {
+  constexpr bool kKept = R * T <= kKeptSums, kZeros = Zero == kZeroPointBytes, kMinimums = Zero == kMinimum;
   constexpr int kOffset = Bits == 8 ? kByteOffset : 0;
   // All that the loop reads is copied out of the structs: for all that the compiler knows the stores to f could change them.
   const PackedWeight& w = heads.w;
-  Numbers scales(w, heads.tile, 0, g0), minimums(w, heads.tile, w.zero_offset, g0);
-  const std::uint8_t* zeros = heads.tile + w.zero_offset + g0 * kTileOutputs;
+  Numbers scales(w, heads.tile, 0), minimums(w, heads.tile, w.zero_offset);
+  const std::uint8_t* zeros = heads.tile + w.zero_offset;
   const std::int64_t tile_bytes = w.tile_bytes;
-  const int stretches = w.group / kStretch, groups = g1 - g0;
-  const bool has_minimums = !ZeroPoints && w.zero_point == kMinimum;
-  const std::int8_t* q = block.q + static_cast<std::int64_t>(g0) * w.group * R;
-  const std::int32_t* start = block.start + g0 * R;
-  const float* row_scale = block.scale + g0 * R;
-  const float* row_sum = block.sum + g0 * R;
+  const int stretches = w.group / kStretch, groups = w.K / w.group;
+  const std::int8_t* q = block.q;
+  const std::int32_t* start = block.start;
+  const float* row_scale = block.scale;
+  const float* row_sum = block.sum;
   const std::uint8_t* line[T];
-  for (int t = 0; t < T; ++t) line[t] = lines[t];
+  for (int t = 0; t < T; ++t) line[t] = heads.tile + t * tile_bytes + w.lines_offset;
   const Ahead ahead(w, T);
   const std::uint8_t* asked = heads.tile + ahead.first;
   const std::uint8_t* asked_end = heads.tile + ahead.end;
@@ -136,38 +128,37 @@ OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* con
     }
   };
   Vec kept[R][T];
-  if constexpr (kKept) each([&](int r, int t) __attribute__((always_inline)) { kept[r][t] = load(f + (r * T + t) * kLanes); });
-  const auto add_product = [&](int r, int t, Vec a, Vec b) __attribute__((always_inline)) {
-    float* at = f + (r * T + t) * kLanes;
-    if constexpr (kKept) kept[r][t] = fma(a, b, kept[r][t]); else store(at, fma(a, b, load(at)));
-  };
+  if constexpr (kKept) each([&](int r, int t) __attribute__((always_inline)) { kept[r][t] = broadcast(0.0f); });
+  else each([&](int r, int t) __attribute__((always_inline)) { store(f + (r * T + t) * kLanes, broadcast(0.0f)); });
   for (int i = 0; i < groups; ++i) {
     Sum<Bits> acc[R][T];
     Ints zero[T];
-    for (int t = 0; ZeroPoints && t < T; ++t) zero[t] = load_less(zeros + t * tile_bytes, kOffset);
+    for (int t = 0; kZeros && t < T; ++t) zero[t] = load_less(zeros + t * tile_bytes, kOffset);
     each([&](int r, int t) __attribute__((always_inline)) {
-      acc[r][t].begin(ZeroPoints ? times_small(zero[t], start[r]) : broadcast_int(start[r]));
+      acc[r][t].begin(kZeros ? times_small(zero[t], start[r]) : broadcast_int(start[r]));
     });
-    sum_group<R, T, Bits, L, Stretches>(line, &q, &asked, tile_bytes, stretches, acc);
-    if constexpr (kStreams<Bits, L>) {
-      for (int t = 0; t < T; ++t) prefetch(scales.at + t * tile_bytes + ahead.numbers);
-      if (asked == asked_end) {
-        asked += ahead.skip;
-        asked_end += T * tile_bytes;
-      }
+    sum_group<R, T, Bits, Stretches>(line, &q, &asked, tile_bytes, stretches, acc);
+    for (int t = 0; t < T; ++t) prefetch(scales.at + t * tile_bytes + ahead.numbers);
+    if (asked == asked_end) {
+      asked += ahead.skip;
+      asked_end += T * tile_bytes;
     }
-    Vec scale[T];
-    for (int t = 0; t < T; ++t) scale[t] = scales.of(t);
+    Vec scale[T], minimum[T];
+    for (int t = 0; t < T; ++t) {
+      scale[t] = scales.of(t);
+      if constexpr (kMinimums) minimum[t] = minimums.of(t);
+    }
     each([&](int r, int t) __attribute__((always_inline)) {
-      add_product(r, t, mul(to_float(acc[r][t].total()), broadcast(row_scale[r])), scale[t]);
+      float* at = f + (r * T + t) * kLanes;
+      Vec sum = fma(mul(to_float(acc[r][t].total()), broadcast(row_scale[r])), scale[t], kKept ? kept[r][t] : load(at));
+      if constexpr (kMinimums) sum = fma(broadcast(row_sum[r]), minimum[t], sum);
+      if constexpr (kKept) kept[r][t] = sum; else store(at, sum);
     });
-    if (has_minimums) {
-      for (int t = 0; t < T; ++t) scale[t] = minimums.of(t);
-      each([&](int r, int t) __attribute__((always_inline)) { add_product(r, t, broadcast(row_sum[r]), scale[t]); });
+    if constexpr (kMinimums) {
       minimums.next();
       row_sum += R;
     }
-    if constexpr (ZeroPoints) zeros += kTileOutputs;
+    if constexpr (kZeros) zeros += kTileOutputs;
     scales.next();
     start += R;
     row_scale += R;
@@ -175,23 +166,24 @@ OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* con
   if constexpr (kKept) each([&](int r, int t) __attribute__((always_inline)) { store(f + (r * T + t) * kLanes, kept[r][t]); });
 }
 
-// The widest blocks need every register: with their group in one piece nothing is carried over a loop.
-template <int R, int T, int Bits, Lines L, bool ZeroPoints>
-OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
+// Where sums stay in memory the group is in one piece, so that nothing is carried over a loop and registers are all theirs.
+template <int R, int T, int Bits, ZeroPoint Zero>
+OCTAVO_INLINE void int8_product(const TileHeads<T>& heads, const Block& block, float* f) {
   if constexpr (R * T <= kKeptSums) {
-    add_groups<R, T, Bits, L, 0, ZeroPoints>(heads, lines, block, g0, g1, f);
+    int8_product<R, T, Bits, 0, Zero>(heads, block, f);
   } else {
     const int stretches = heads.w.group / kStretch;
-    if (stretches == 1) add_groups<R, T, Bits, L, 1, ZeroPoints>(heads, lines, block, g0, g1, f);
-    else if (stretches == 2) add_groups<R, T, Bits, L, 2, ZeroPoints>(heads, lines, block, g0, g1, f);
-    else add_groups<R, T, Bits, L, 4, ZeroPoints>(heads, lines, block, g0, g1, f);
+    if (stretches == 1) int8_product<R, T, Bits, 1, Zero>(heads, block, f);
+    else if (stretches == 2) int8_product<R, T, Bits, 2, Zero>(heads, block, f);
+    else int8_product<R, T, Bits, 4, Zero>(heads, block, f);
   }
 }
 
-template <int R, int T, int Bits, Lines L>
-OCTAVO_INLINE void add_groups(const TileHeads<T>& heads, const std::uint8_t* const* lines, const Block& block, int g0, int g1, float* f) {
-  if (heads.w.zero_point == kZeroPointBytes) add_groups<R, T, Bits, L, true>(heads, lines, block, g0, g1, f);
-  else add_groups<R, T, Bits, L, false>(heads, lines, block, g0, g1, f);
+template <int R, int T, int Bits>
+OCTAVO_INLINE void int8_product(const TileHeads<T>& heads, const Block& block, float* f) {
+  if (heads.w.zero_point == kZeroPointBytes) int8_product<R, T, Bits, kZeroPointBytes>(heads, block, f);
+  else if (heads.w.zero_point == kMinimum) int8_product<R, T, Bits, kMinimum>(heads, block, f);
+  else int8_product<R, T, Bits, kSymmetric>(heads, block, f);
 }
 
 }  // namespace octavo::OCTAVO_QUANT_TARGET

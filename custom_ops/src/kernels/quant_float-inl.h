@@ -16,7 +16,7 @@ OCTAVO_INLINE void float_product(const TileHeads<T>& heads, const Block& block, 
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) acc[r][t] = broadcast(0.0f);
   }
-  Numbers scales(w, heads.tile, 0, 0), minimums(w, heads.tile, w.zero_offset, 0);
+  Numbers scales(w, heads.tile, 0), minimums(w, heads.tile, w.zero_offset);
   for (int g = 0; g * w.group < w.K; ++g) {
     Vec scale[T], zero[T];
     for (int t = 0; t < T; ++t) {

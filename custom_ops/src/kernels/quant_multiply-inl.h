@@ -7,12 +7,6 @@
 
 namespace octavo::OCTAVO_QUANT_TARGET {
 
-// 4-bit weights are unpacked to bytes once for this many rows or more. Where nibbles taken apart in registers compete with the products for two
-// vector ports (Emerald Rapids) it wins from here on; with four (Zen 5) it costs 6 %.
-inline constexpr int kUnpackRows = 48;
-// k of one panel of unpacked weights: two tiles take 16 KB of the first-level cache. Every group divides it.
-inline constexpr int kPanel = 512;
-
 // exp(−|x|), in (0, 1].
 OCTAVO_INLINE Vec exp_of_minus(Vec magnitude) { return exp_nonpositive(sub(broadcast(0.0f), magnitude)); }
 
@@ -65,16 +59,6 @@ OCTAVO_INLINE void finish_tile(const Epilogue& e, std::int64_t row, std::int64_t
   if (width == kLanes) store(e.output + at, y); else store_partial(e.output + at, y, width);
 }
 
-// k columns of one 4-bit tile as bytes; the lines of a unit's tiles alternate.
-OCTAVO_INLINE void unpack(const std::uint8_t* lines, int k, std::uint8_t* out) {
-  for (int v = 0; v < k / 8; ++v) {
-    const Bytes both = load_bytes(lines + v * kLineBytes);
-    prefetch(lines + v * kLineBytes + 4096);
-    store_bytes(out + 2 * v * kUnitTiles * kLineBytes, low_nibbles(both));
-    store_bytes(out + (2 * v + 1) * kUnitTiles * kLineBytes, high_nibbles(both));
-  }
-}
-
 // One or two tiles that one thread computes together.
 struct Unit {
   const PackedWeight& w;
@@ -83,33 +67,24 @@ struct Unit {
 };
 
 template <int R, int T, int Bits>
-OCTAVO_INLINE void some_tiles(const Unit& u, const Block& block, int t0, const std::uint8_t* unpacked, int g0, int g1, float* f) {
-  const std::uint8_t* tile = u.tile + t0 * u.w.tile_bytes;
-  const TileHeads<T> heads{tile, u.w};
-  if (block.x != nullptr) return float_product<R, T, Bits>(heads, block, f);
-  const std::uint8_t* lines[T];
-  for (int t = 0; t < T; ++t) {
-    lines[t] = unpacked != nullptr ? unpacked + (t0 + t) * kLineBytes
-                                   : tile + t * u.w.tile_bytes + u.w.lines_offset + static_cast<std::int64_t>(g0) * u.w.group * Bits / 32 * kLineBytes;
-  }
-  if constexpr (Bits == 4) {
-    if (unpacked == nullptr) return add_groups<R, T, 4, kNibbles>(heads, lines, block, g0, g1, f);
-  }
-  add_groups<R, T, Bits, kWholeBytes>(heads, lines, block, g0, g1, f);
+OCTAVO_INLINE void some_tiles(const Unit& u, const Block& block, int t0, float* f) {
+  const TileHeads<T> heads{u.tile + t0 * u.w.tile_bytes, u.w};
+  if (block.x != nullptr) float_product<R, T, Bits>(heads, block, f);
+  else int8_product<R, T, Bits>(heads, block, f);
 }
 
 template <int R, int Bits>
-void unit_times_block(const Unit& u, const Block& block, const std::uint8_t* unpacked, int g0, int g1, float* f) {
+void unit_times_block(const Unit& u, const Block& block, float* f) {
   constexpr int T = block_tiles(R);
-  if (T == 2 && u.tiles == 2) return some_tiles<R, T, Bits>(u, block, 0, unpacked, g0, g1, f);
-  for (int t = 0; t < u.tiles; ++t) some_tiles<R, 1, Bits>(u, block, t, unpacked, g0, g1, f + t * R * kLanes);
+  if (T == 2 && u.tiles == 2) return some_tiles<R, T, Bits>(u, block, 0, f);
+  for (int t = 0; t < u.tiles; ++t) some_tiles<R, 1, Bits>(u, block, t, f + t * R * kLanes);
 }
 
-OCTAVO_INLINE void accumulate(const Unit& u, const Block& block, const std::uint8_t* unpacked, int g0, int g1, float* f) {
+OCTAVO_INLINE void accumulate(const Unit& u, const Block& block, float* f) {
   with_size<kRowBlock>(block.R, [&](auto size) __attribute__((always_inline)) {
     constexpr int R = decltype(size)::value;
-    if (u.w.bits == 4) unit_times_block<R, 4>(u, block, unpacked, g0, g1, f);
-    else unit_times_block<R, 8>(u, block, unpacked, g0, g1, f);
+    if (u.w.bits == 4) unit_times_block<R, 4>(u, block, f);
+    else unit_times_block<R, 8>(u, block, f);
   });
 }
 
@@ -128,27 +103,14 @@ OCTAVO_INLINE void finish_block(const Unit& u, const Epilogue& e, std::int64_t u
 
 inline void multiply(const PackedWeight& w, const Prepared& prepared, const Epilogue& e, std::int64_t unit0, std::int64_t unit1, std::int64_t row0,
                      int rows) {
-  alignas(64) float f[kChunkRows * kUnitOutputs];
-  alignas(64) std::uint8_t bytes[kUnitTiles * kPanel * kTileOutputs];
-  const bool unpacks = prepared.int8 && w.bits == 4 && rows >= kUnpackRows;
-  const int groups = w.K / w.group, step = unpacks ? kPanel / w.group : groups;
+  alignas(64) float f[kRowBlock * kUnitOutputs];
   for (std::int64_t unit = unit0; unit < unit1; ++unit) {
     const std::int64_t first = unit * kUnitTiles;
     const Unit u{w, w.tiles + first * w.tile_bytes, w.tile_count - first < kUnitTiles ? 1 : kUnitTiles};
-    for (int i = 0; i < rows * kUnitOutputs; i += kLanes) store(f + i, broadcast(0.0f));
-    for (int g0 = 0; g0 < groups; g0 += step) {
-      const int g1 = groups - g0 < step ? groups : g0 + step;
-      for (int t = 0; unpacks && t < u.tiles; ++t) {
-        unpack(u.tile + t * w.tile_bytes + w.lines_offset + static_cast<std::int64_t>(g0) * w.group / 8 * kLineBytes, (g1 - g0) * w.group,
-               bytes + t * kLineBytes);
-      }
-      for (int r = 0; r < rows; r += kRowBlock) {
-        const Block block = block_at(w, prepared, row0 + r, rows - r < kRowBlock ? rows - r : kRowBlock);
-        accumulate(u, block, unpacks ? bytes : nullptr, g0, g1, f + r * kUnitOutputs);
-      }
-    }
     for (int r = 0; r < rows; r += kRowBlock) {
-      finish_block(u, e, unit, row0 + r, rows - r < kRowBlock ? rows - r : kRowBlock, f + r * kUnitOutputs);
+      const Block block = block_at(w, prepared, row0 + r, rows - r < kRowBlock ? rows - r : kRowBlock);
+      accumulate(u, block, f);
+      finish_block(u, e, unit, row0 + r, block.R, f);
     }
   }
 }

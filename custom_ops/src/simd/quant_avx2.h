@@ -26,11 +26,6 @@ OCTAVO_INLINE Bytes load_bytes(const std::uint8_t* p) {
   const __m256i* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
-OCTAVO_INLINE void store_bytes(std::uint8_t* p, Bytes b) {
-  __m256i* q = reinterpret_cast<__m256i*>(p);
-  _mm256_storeu_si256(q, b.a);
-  _mm256_storeu_si256(q + 1, b.b);
-}
 OCTAVO_INLINE __m256i nibbles(__m256i b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 OCTAVO_INLINE Bytes low_nibbles(Bytes b) { return {nibbles(b.a), nibbles(b.b)}; }
 OCTAVO_INLINE Bytes high_nibbles(Bytes b) { return {nibbles(_mm256_srli_epi16(b.a, 4)), nibbles(_mm256_srli_epi16(b.b, 4))}; }

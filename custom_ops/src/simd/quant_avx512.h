@@ -19,7 +19,6 @@ using Ints = __m512i;
 OCTAVO_INLINE void prefetch(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 OCTAVO_INLINE float widen(Half half) { return _cvtsh_ss(half.bits); }
 OCTAVO_INLINE Bytes load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-OCTAVO_INLINE void store_bytes(std::uint8_t* p, Bytes b) { _mm512_storeu_si512(p, b); }
 OCTAVO_INLINE Bytes low_nibbles(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 OCTAVO_INLINE Bytes high_nibbles(Bytes b) { return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15)); }
 OCTAVO_INLINE Ints broadcast_int(std::int32_t x) { return _mm512_set1_epi32(x); }
@@ -41,10 +40,10 @@ OCTAVO_INLINE void store_int8(std::int8_t* p, Vec x) {
 }
 OCTAVO_INLINE Vec square_root(Vec a) { return _mm512_sqrt_ps(a); }
 
-// 8 rows × 2 tiles keep 16 sums in registers, two for each multiplier of 4 to 5 cycles' latency twice over; fp32 sums then stay in memory.
-inline constexpr int kRowBlock = 8;
-constexpr int block_tiles(int rows) { return rows == 1 || (4 < rows && rows < kRowBlock) ? 1 : 2; }
-inline constexpr int kKeptSums = 8;
+// 6 rows × 2 tiles keep 12 integer sums and 12 fp32 sums in registers: two integer ones for each multiplier of 4 to 5 cycles' latency, and a bit more.
+inline constexpr int kRowBlock = 6;
+constexpr int block_tiles(int rows) { return rows == 1 ? 1 : 2; }
+inline constexpr int kKeptSums = 12;
 
 #ifdef __AVX512VNNI__
 

@@ -19,7 +19,6 @@ struct Ints {
 OCTAVO_INLINE void prefetch(const std::uint8_t* p) { __builtin_prefetch(p); }
 OCTAVO_INLINE float widen(Half half) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half.bits))), 0); }
 OCTAVO_INLINE Bytes load_bytes(const std::uint8_t* p) { Bytes b; OCTAVO_EACH b.x[i] = vld1q_u8(p + 16 * i); return b; }
-OCTAVO_INLINE void store_bytes(std::uint8_t* p, Bytes b) { OCTAVO_EACH vst1q_u8(p + 16 * i, b.x[i]); }
 OCTAVO_INLINE Bytes low_nibbles(Bytes b) { OCTAVO_EACH b.x[i] = vandq_u8(b.x[i], vdupq_n_u8(15)); return b; }
 OCTAVO_INLINE Bytes high_nibbles(Bytes b) { OCTAVO_EACH b.x[i] = vshrq_n_u8(b.x[i], 4); return b; }
 OCTAVO_INLINE Ints broadcast_int(std::int32_t x) { const int32x4_t v = vdupq_n_s32(x); return {{v, v, v, v}}; }

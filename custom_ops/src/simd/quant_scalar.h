@@ -18,7 +18,6 @@ struct Ints {
 OCTAVO_INLINE void prefetch(const std::uint8_t* p) { __builtin_prefetch(p); }
 OCTAVO_INLINE float widen(Half half) { return from_half(half); }
 OCTAVO_INLINE Bytes load_bytes(const std::uint8_t* p) { Bytes b; std::memcpy(b.x, p, 64); return b; }
-OCTAVO_INLINE void store_bytes(std::uint8_t* p, const Bytes& b) { std::memcpy(p, b.x, 64); }
 OCTAVO_INLINE Bytes low_nibbles(Bytes b) { for (auto& x : b.x) x &= 15; return b; }
 OCTAVO_INLINE Bytes high_nibbles(Bytes b) { for (auto& x : b.x) x >>= 4; return b; }
 OCTAVO_INLINE Ints broadcast_int(std::int32_t x) { Ints r; OCTAVO_EACH r.x[i] = x; return r; }
