@@ -11,7 +11,7 @@ from typing import Literal
 Policy = Literal["auto", "throughput", "latency"]
 
 # How much longer a stream's gaps may get while somebody's prompt is computed; None: as long as a step can take.
-_STRETCH: dict[str, float | None] = {"auto": 2.3, "throughput": None, "latency": 1.4}
+_STRETCH: dict[str, float | None] = {"auto": 2.4, "throughput": None, "latency": 1.45}
 # Tokens beside streams before anything has been measured, and never fewer than: a prompt must get on.
 _FIRST, _LEAST = 64, 4
 _WEIGHT = 0.2   # of a new observation in the averages: steady within about ten steps
