@@ -18,11 +18,12 @@ def waiting(turn: Turn, count: int) -> None:
 
 def test_who_is_served_waits_for_nobody_elses_step():
     """The turn goes to the first who still needs it; one behind him, whose answer the last step has brought, goes at once and without it."""
-    turn, served, over = Turn(), threading.Event(), threading.Event()
+    turn, served, begun, over = Turn(), threading.Event(), threading.Event(), threading.Event()
     got: dict[str, bool] = {}
 
     def first() -> None:
         got["first"] = turn.take(lambda: False)
+        begun.set()
         over.wait(10)
         turn.give()
 
@@ -37,6 +38,7 @@ def test_who_is_served_waits_for_nobody_elses_step():
     served.set()
     turn.give()
     threads[1].join(10)
+    assert begun.wait(10)
     assert got == {"first": True, "second": False} and threads[0].is_alive()
     over.set()
     threads[0].join(10)
