@@ -52,4 +52,5 @@ class Pace:
 
 
 def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _WEIGHT * (new - old)
+    # One step that takes far longer was held up by something else, and says little of the next.
+    return new if old is None else old + _WEIGHT * (min(new, 2 * old) - old)
