@@ -91,26 +91,26 @@ OCTAVO_INLINE Vec exp_short(Vec x, Mask gone) {
   return select(gone, broadcast(0.0f), scale_by_power(fma(p, r, broadcast(1.0f)), t));
 }
 
+// A row's softmax over a chunk, in three passes over all rows: what ends a pass of one row waits for no other row's.
 struct RowState {
   float m, l, factor;  // factor: what one unit of the row's bytes is worth
+  int from, to;        // positions of whole vectors that the row sees something of
 };
 
-// scores[r] is used up; bytes[0, kChunk) of the vectors from first_vec to last_vec are written.
-template <class Asks>
-OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, int first_vec, int last_vec, const float* value_scale,
-                                   float* scores, std::uint8_t* bytes, Asks* ahead) {
+OCTAVO_INLINE void clear(std::uint8_t* bytes, int from, int to) {
+  for (int at = from; at < to; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
+}
+
+// Finishes the scores, finds their maximum, and clears the bytes of vectors that the row sees nothing of.
+OCTAVO_INLINE RowState find_maximum(const Tile& tile, std::int32_t first, int r, int first_vec, int last_vec, float* scores, std::uint8_t* bytes) {
   const Range seen = within(tile, r, first);
-  const auto clear = [&](int begin, int end) __attribute__((always_inline)) {
-    for (int at = begin; at < end; at += kLanes) store_rounded(bytes + at, broadcast(0.0f));
-  };
   if (seen.lo >= seen.hi) {
-    clear(first_vec * kLanes, last_vec * kLanes);
-    return {-kInfinity, 0.0f, 0.0f};
+    clear(bytes, first_vec * kLanes, last_vec * kLanes);
+    return {-kInfinity, 0.0f, 0.0f, 0, 0};
   }
   const int from = seen.lo / kLanes * kLanes, to = (seen.hi + kLanes - 1) / kLanes * kLanes;
-  clear(first_vec * kLanes, from);
-  clear(to, last_vec * kLanes);
-  Vec highest = broadcast(-kInfinity);
+  clear(bytes, first_vec * kLanes, from);
+  clear(bytes, to, last_vec * kLanes);
   if (tile.softcap != 0.0f || tile.has_slopes) {
     for (int at = from; at < to; at += kLanes) store(scores + at, finished_score(tile, first, r, at, seen, load(scores + at)));
   } else {  // only the ends can be hidden
@@ -118,35 +118,43 @@ OCTAVO_INLINE RowState softmax_row(const Tile& tile, std::int32_t first, int r, 
       store(scores + at, select(lanes(seen.lo - at, seen.hi - at), load(scores + at), broadcast(-kInfinity)));
     }
   }
+  Vec highest = broadcast(-kInfinity);
   for (int at = from; at < to; at += kLanes) highest = max(load(scores + at), highest);
-  const float m = maximum(highest);
+  return {maximum(highest), 0.0f, 0.0f, from, to};
+}
+
+// scores become the weights of the values.
+template <class Asks>
+OCTAVO_INLINE void weigh(const float* value_scale, float* scores, RowState* row, Asks* ahead) {
+  const int from = row->from, to = row->to;
+  const float m = row->m;
   Vec total = broadcast(0.0f), heaviest = broadcast(0.0f);
   if (m == -kInfinity) {  // every score is −inf, or NaN
     for (int at = from; at < to; at += kLanes) {
       const Vec score = load(scores + at);
       total = add(total, select(equal(score, broadcast(-kInfinity)), broadcast(0.0f), score));
     }
-    clear(from, to);
-    const float l = sum(total);
-    return {l != l ? l : m, l, 0.0f};
-  }
-  for (int at = from; at < to; at += kLanes) {
-    ahead->template step<kLinesAhead>();
-    const Vec x = sub(load(scores + at), broadcast(m));
-    const Mask gone = less(x, broadcast(-87.0f));
-    const Vec p = exp_short(x, gone), w = select(gone, broadcast(0.0f), mul(p, load(value_scale + at)));
-    total = add(total, p);
-    heaviest = max_bits(w, heaviest);
-    store(scores + at, w);
+  } else {
+    for (int at = from; at < to; at += kLanes) {
+      ahead->template step<kLinesAhead>();
+      const Vec x = sub(load(scores + at), broadcast(m));
+      const Mask gone = less(x, broadcast(-87.0f));
+      const Vec p = exp_short(x, gone), w = select(gone, broadcast(0.0f), mul(p, load(value_scale + at)));
+      total = add(total, p);
+      heaviest = max_bits(w, heaviest);
+      store(scores + at, w);
+    }
   }
   const float l = sum(total), top = maximum_bits(heaviest);
-  if (top < 0x1p-120f) {
-    clear(from, to);
-    return {l != l ? l : m, l, 0.0f};
-  }
-  const Vec inverse = broadcast(255.0f / top);
-  for (int at = from; at < to; at += kLanes) store_rounded(bytes + at, mul(load(scores + at), inverse));
-  return {l != l ? l : m, l, top / 255.0f};
+  *row = {l != l ? l : m, l, top < 0x1p-120f ? 0.0f : top, from, to};
+}
+
+// Weights become bytes, and the heaviest weight their unit.
+OCTAVO_INLINE void round_weights(const float* scores, std::uint8_t* bytes, RowState* row) {
+  if (row->factor == 0.0f) return clear(bytes, row->from, row->to);
+  const Vec inverse = broadcast(255.0f / row->factor);
+  for (int at = row->from; at < row->to; at += kLanes) store_rounded(bytes + at, mul(load(scores + at), inverse));
+  row->factor /= 255.0f;
 }
 
 template <int R, int V, class Asks>
@@ -216,11 +224,14 @@ void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
     const std::uint8_t* block = static_cast<const std::uint8_t*>(view.value[at >> view.log2_block]);
     store(value_scale + at, load(reinterpret_cast<const float*>(block + int8_padded(tile.E) * P) + (at & (P - 1))));
   }
+  RowState rows[kLanes];
+  for (int r = 0; r < tile.rows; ++r) rows[r] = find_maximum(tile, view.first, r, first_vec, last_vec, scores[r], bytes[r]);
+  for (int r = 0; r < tile.rows; ++r) weigh(value_scale, scores[r], &rows[r], &ahead);
   for (int r = 0; r < tile.rows; ++r) {
-    const RowState row = softmax_row(tile, view.first, r, first_vec, last_vec, value_scale, scores[r], bytes[r], &ahead);
-    out.m[r] = row.m;
-    out.l[r] = row.l;
-    factors[r] = row.factor;
+    round_weights(scores[r], bytes[r], &rows[r]);
+    out.m[r] = rows[r].m;
+    out.l[r] = rows[r].l;
+    factors[r] = rows[r].factor;
   }
   value_all(tile, view, first_vec * kLanes, last_vec * kLanes, bytes, factors, out.o, &ahead);
 }

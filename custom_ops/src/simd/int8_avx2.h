@@ -38,8 +38,11 @@ OCTAVO_INLINE Unsigned load_unsigned(const std::uint8_t* p) { return {half_of(p,
 OCTAVO_INLINE Signed load_signed(const std::int8_t* p) { return {half_of(p, 0), half_of(p, 1)}; }
 OCTAVO_INLINE Unsigned broadcast_unsigned(const std::uint8_t* p) { const __m256i q = broadcast_quad(p); return {q, q}; }
 OCTAVO_INLINE Signed broadcast_signed(const std::int8_t* p) { const __m256i q = broadcast_quad(p); return {q, q}; }
+// Not the intrinsic: around that, GCC 12 copies every sum of a loop twice.
 OCTAVO_INLINE Ints dot(Ints acc, Unsigned u, Signed s) {
-  return {_mm256_dpbusd_avx_epi32(acc.a, u.a, s.a), _mm256_dpbusd_avx_epi32(acc.b, u.b, s.b)};
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.a) : "x"(u.a), "x"(s.a));
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.b) : "x"(u.b), "x"(s.b));
+  return acc;
 }
 
 #else
