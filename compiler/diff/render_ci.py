@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from .model import GraphDiff
@@ -25,7 +26,7 @@ def to_junit(diff: GraphDiff) -> str:
 
 def to_sarif(diff: GraphDiff, version: str) -> str:
     """SARIF 2.1.0: a violated rule is an error, an edit a note, both at the file that changed."""
-    location = [{"physicalLocation": {"artifactLocation": {"uri": diff.after}}}]
+    location = [{"physicalLocation": {"artifactLocation": {"uri": quote(diff.after)}}}]
     results = [
         {"ruleId": "policy", "level": "error", "message": {"text": verdict_line(v)}, "locations": location} for v in diff.verdicts if not v.ok
     ]

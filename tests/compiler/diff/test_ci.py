@@ -91,7 +91,7 @@ def test_the_action_runs_nothing_that_an_input_says(workspace, tools, tmp_path, 
 
 
 def test_the_hook_passes_at_0_and_1_and_fails_by_policy(workspace, tools):
-    """As pre-commit runs it: the words of `entry`, then `args`. That pre-commit itself takes it, docs/decisions.md says."""
+    """As pre-commit runs it: the words of `entry`, then `args`."""
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
     assert hook["language"] == "python" and hook["pass_filenames"] is False
     assert all(re.search(hook["files"], name) for name in ("m/model.onnx", "model.graph.txt", "octavo.diff.toml"))

@@ -114,6 +114,8 @@ def test_sarif_and_annotations():
     run = json.loads(to_sarif(DIFF, "1.0"))["runs"][0]
     assert [result["level"] for result in run["results"]] == ["error", "note", "note"]
     assert {result["ruleId"] for result in run["results"]} == {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+    place = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert place == "new%7C%25.onnx", "a URI, whatever a path has in it"
     lines = to_github(DIFF).splitlines()
     assert lines[0].startswith("::error file=new|%25.onnx,title=octavo diff::max_new Cast 0") and len(lines) == 3
     assert to_github(replace(DIFF, edits=(), verdicts=())).startswith("::notice")
