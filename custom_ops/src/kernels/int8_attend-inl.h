@@ -5,6 +5,8 @@
 // rounded to u8 against the largest w of the row in this chunk; o = float(Σ u8·v)·(that/255), the sum exact. A key that the row does not
 // see has the byte 0 and takes no part, whatever its bytes and scales are: so nothing of a row depends on its company, as in attend-inl.h.
 #pragma once
+#include <type_traits>
+
 #include "kernels/attend-inl.h"
 #include "kv/int8_layout.h"
 
@@ -91,7 +93,7 @@ OCTAVO_INLINE Vec exp_short(Vec x, Mask gone) {
   return select(gone, broadcast(0.0f), scale_by_power(fma(p, r, broadcast(1.0f)), t));
 }
 
-// A row's softmax over a chunk, in three passes over all rows: what ends a pass of one row waits for no other row's.
+// A row's softmax over a chunk, in three passes: over all rows where they come from the cache, so that what ends a pass of one row waits for no other's.
 struct RowState {
   float m, l, factor;  // factor: what one unit of the row's bytes is worth
   int from, to;        // positions of whole vectors that the row sees something of
@@ -225,13 +227,24 @@ void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
     store(value_scale + at, load(reinterpret_cast<const float*>(block + int8_padded(tile.E) * P) + (at & (P - 1))));
   }
   RowState rows[kLanes];
-  for (int r = 0; r < tile.rows; ++r) rows[r] = find_maximum(tile, view.first, r, first_vec, last_vec, scores[r], bytes[r]);
-  for (int r = 0; r < tile.rows; ++r) weigh(value_scale, scores[r], &rows[r], &ahead);
-  for (int r = 0; r < tile.rows; ++r) {
+  const auto maximum_of = [&](int r) { rows[r] = find_maximum(tile, view.first, r, first_vec, last_vec, scores[r], bytes[r]); };
+  const auto weights_of = [&](int r) { weigh(value_scale, scores[r], &rows[r], &ahead); };
+  const auto bytes_of = [&](int r) {
     round_weights(scores[r], bytes[r], &rows[r]);
     out.m[r] = rows[r].m;
     out.l[r] = rows[r].l;
     factors[r] = rows[r].factor;
+  };
+  if constexpr (std::is_same_v<Asks, Ahead>) {  // what is asked for in between comes evenly then
+    for (int r = 0; r < tile.rows; ++r) {
+      maximum_of(r);
+      weights_of(r);
+      bytes_of(r);
+    }
+  } else {
+    for (int r = 0; r < tile.rows; ++r) maximum_of(r);
+    for (int r = 0; r < tile.rows; ++r) weights_of(r);
+    for (int r = 0; r < tile.rows; ++r) bytes_of(r);
   }
   value_all(tile, view, first_vec * kLanes, last_vec * kLanes, bytes, factors, out.o, &ahead);
 }
