@@ -1,7 +1,7 @@
 # make demo   from a bare checkout to an answer of a real model: under 5 minutes on 2 cores
 # make test   everything the tests need, then the tests: under 15
 # make ort-oldest   the oldest onnxruntime that is supported: an artifact runs on it beside nothing else, then the ops and kinds of models
-# make docs   the pictures in docs/images, drawn anew, and the site in build/site; a link that leads nowhere is an error
+# make docs   the pictures in docs/images, drawn anew by Chromium, and the site in build/site; a link that leads nowhere is an error
 # make coverage   docs/coverage.md, families × exporters: hours the first time; what is done is kept in ~/.cache/octavo-coverage
 # Needed beforehand: Python 3.11 or newer, a C++20 compiler, make. All else goes into .venv; a second call installs only what changed.
 

@@ -170,7 +170,7 @@ def _cases(artifact: Artifact, runner: Runner, text: str | None, seed: int, note
             vocab_size = runner.predict([0]).shape[-1]
         except UnsupportedError:
             notes.append("The graph is no decoder: its outputs were compared on seeded inputs.")
-            return tuple((f"run, {size} long", partial(_outputs, seeded_inputs(manifest.interface, size, seed))) for size in (7, 40))
+            return tuple((f"run, {size} long", partial(outputs_of, seeded_inputs(manifest.interface, size, seed))) for size in (7, 40))
         stated = [int(decision.value) for decision in manifest.decisions if decision.feature == "max_context" and decision.value.isdigit()]
         max_context = min(stated, default=LONG)
     tokens = tokens_for(artifact.folder, vocab_size, max_context, text=text, seed=seed)
@@ -277,7 +277,7 @@ def _logits(case: Case, tokens: Tokens, runner: Runner) -> Rows:
     return case.run(runner, tokens)
 
 
-def _outputs(inputs: dict[str, NDArray[Any]], runner: Runner) -> Rows:
+def outputs_of(inputs: dict[str, NDArray[Any]], runner: Runner) -> Rows:
     """All outputs in one long row: float32 [values]."""
     outputs = runner.run(inputs)
     return np.concatenate([np.asarray(outputs[name], np.float32).ravel() for name in sorted(outputs)])

@@ -174,10 +174,10 @@ def feeds(interface: GraphInterface, tokens: Tokens) -> dict[str, NDArray[Any]]:
     """One prompt of one sequence, as a graph in its exporter's form or a token-flat one takes it; seeded inputs for any other graph."""
     if tokens is None:
         return seeded_inputs(interface, _LENGTH, 0)
-    return {port.name: _array(port, tokens, interface) for port in interface.inputs}
+    return {port.name: _array(port, tokens) for port in interface.inputs}
 
 
-def _array(port: GraphPort, tokens: NDArray[np.int64], interface: GraphInterface) -> NDArray[Any]:
+def _array(port: GraphPort, tokens: NDArray[np.int64]) -> NDArray[Any]:
     size, dtype = len(tokens), np.dtype(port.dtype)
     flat = np.arange(size)
     blocks = -(-size // _BLOCK)

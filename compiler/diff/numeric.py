@@ -27,7 +27,7 @@ from ...models.interface import GraphInterface
 from ...models.onnx_reader import graph_interface, read_onnx
 from ...models.runner import Runner
 from ...models.spec import CacheGroup, CacheLayer, CacheName, ModelSpec
-from ..check import Load, compare, dequantized, exact_twin, with_cache
+from ..check import Load, compare, dequantized, exact_twin, outputs_of, with_cache
 from ..check_cases import CASES, LONG, Rows, tokens_for
 from ..check_cases import Tokens as CaseTokens
 from ..check_inputs import seeded_inputs
@@ -169,7 +169,7 @@ def _cases(before: Side, after: Side, runner: Runner, seed: int, notes: list[str
     except UnsupportedError:
         notes.append("The graph is no decoder: its outputs were compared on seeded inputs.")
         interface = before.interface()
-        return {f"run, {size} long": partial(_outputs, seeded_inputs(interface, size, seed)) for size in _LENGTHS}, None
+        return {f"run, {size} long": partial(outputs_of, seeded_inputs(interface, size, seed)) for size in _LENGTHS}, None
     contexts = [side.artifact.manifest.spec.max_context if side.artifact and side.artifact.manifest.spec else configured_context(side.folder)
                 for side in (before, after)]
     tokens = tokens_for(after.folder, width, min([LONG, *(context for context in contexts if context)]), seed=seed)
@@ -178,11 +178,6 @@ def _cases(before: Side, after: Side, runner: Runner, seed: int, notes: list[str
 
 def _logits(run: Callable[[Runner, CaseTokens], Rows], tokens: CaseTokens, runner: Runner) -> Rows:
     return run(runner, tokens)
-
-
-def _outputs(inputs: dict[str, np.ndarray], runner: Runner) -> Rows:
-    outputs = runner.run(inputs)
-    return np.concatenate([np.asarray(outputs[name], np.float32).ravel() for name in sorted(outputs)])
 
 
 def _run(cases: Cases, runner: Runner, notes: list[str]) -> dict[str, Rows]:

@@ -113,7 +113,7 @@ def _read_products(lab: Laboratory, node: ir.Node, before: Chain, product: ir.No
         return Refusal("a column beside the scores is not one logit a head", where, f"sinks: {sink.name if sink else ''}")
     if not all(_is_unchanged(lab, before, after, p, bool(sinks)) for p in lab.probes):
         return Refusal("the softmax's result is changed before it meets the values", where, f"products: {after.target.name}")
-    score = _score(lab, before, heads)
+    score = _score(lab, before)
     if isinstance(score, str):
         return Refusal("what happens to the scores is not understood", where, f"scores: {score}")
     size, value_size = q_shape[-1], v_shape[-1]
@@ -145,7 +145,7 @@ def _is_unchanged(lab: Laboratory, before: Chain, after: Chain, probe: Probe, si
     return out is not None and out.size == kept.size and np.array_equal(out.reshape(-1), kept.reshape(-1))
 
 
-def _score(lab: Laboratory, chain: Chain, heads: int) -> tuple[float, float] | str:
+def _score(lab: Laboratory, chain: Chain) -> tuple[float, float] | str:
     """Scale and softcap (0: none) of what lies between product and softmax, or what disagreed. The mask is judged elsewhere."""
     for probe in lab.probes:
         shape = lab.shape(chain.leaves[0], probe)

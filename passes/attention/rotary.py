@@ -88,13 +88,13 @@ def _respond(
     return None if out is None or out.size != int(np.prod(full)) else heads_first(out, layout_out, probe.batch, heads, size)
 
 
-def _pairs(size: int, width: int, interleaved: bool) -> tuple[slice, slice]:
+def _pairs(width: int, interleaved: bool) -> tuple[slice, slice]:
     return (slice(0, width, 2), slice(1, width, 2)) if interleaved else (slice(0, width // 2), slice(width // 2, width))
 
 
 def _angles(lab: Laboratory, rotation: Rotation, probe: Probe) -> tuple[Array, Array] | None:
     """cos and sin [B, S, r/2] at a probe, as the graph has them for the first head."""
-    first, second = _pairs(rotation.head_size, rotation.width, rotation.interleaved)
+    first, second = _pairs(rotation.width, rotation.interleaved)
     head = np.zeros(rotation.head_size, np.float32)
     head[first] = 1
     out = _respond(lab, rotation.chain, rotation.layout_in, rotation.layout_out, rotation.heads, rotation.head_size, probe, head)

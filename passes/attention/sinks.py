@@ -12,7 +12,7 @@ from .laboratory import Laboratory
 
 def split_sink(lab: Laboratory, softmax_input: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     """The scores and the column that is put behind them, if there is one. The row's largest, taken off all of it, is nothing to a softmax."""
-    value = _unshifted(lab, softmax_input)
+    value = _unshifted(softmax_input)
     node = value.producer()
     if node is None or node.op_type != "Concat" or node.domain != "" or len(node.inputs) != 2:
         return softmax_input, None
@@ -23,7 +23,7 @@ def split_sink(lab: Laboratory, softmax_input: ir.Value) -> tuple[ir.Value, ir.V
     return scores, sink
 
 
-def _unshifted(lab: Laboratory, value: ir.Value) -> ir.Value:
+def _unshifted(value: ir.Value) -> ir.Value:
     """x of x − max(x) over the last axis."""
     node = value.producer()
     if node is None or node.op_type != "Sub" or node.domain != "" or node.inputs[0] is None or node.inputs[1] is None:

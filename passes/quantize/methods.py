@@ -24,8 +24,6 @@ Method = Literal["rtn", "search", "hqq", "gptq"]
 Quantizer = Callable[[NDArray[Any], Scheme, str], QuantizedWeight]
 
 
-
-
 @dataclass(frozen=True)
 class Seen:
     """XᵀX [K, K] of what the outputs `rows` of a weight are computed from."""
