@@ -41,7 +41,8 @@ def node_model(contract: OpContract, inputs: Mapping[str, Array], attributes: Ma
 
 
 @cache
-def _session(model: bytes, threads: int) -> ort.InferenceSession:
+def node_session(model: bytes, threads: int) -> ort.InferenceSession:
+    """A model of our ops, opened once for all cases that run it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -52,7 +53,7 @@ def _session(model: bytes, threads: int) -> ort.InferenceSession:
 def run_op(name: str, inputs: Mapping[str, Array], attributes: Mapping[str, Any], threads: int = 1) -> Array:
     """One node through onnxruntime. Cache arrays among `inputs` are updated in place."""
     model = node_model(OPS[name], inputs, attributes)
-    return _session(model, threads).run(None, dict(inputs))[0]
+    return node_session(model, threads).run(None, dict(inputs))[0]
 
 
 def run_paged(inputs: Mapping[str, Array], case: PagedCase, threads: int = 1) -> reference.PagedResult:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from octavo import custom_ops
+from attention_run import node_session
 from octavo.custom_ops import quant_reference
 from octavo.custom_ops.contract import DOMAIN, GATES, OPS, OPSET, WeightFormat
 from octavo.custom_ops.packing import QuantizedWeight, pack
@@ -150,24 +148,15 @@ def quant_model(op: str, fmt: WeightFormat, packed: Array, inputs: Mapping[str, 
     return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
-@cache
-def _session(model: bytes, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    custom_ops.register(options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def run_quant(case: QuantCase, inputs: Mapping[str, Array], threads: int = 1) -> quant_reference.QuantLinearResult:
     weight, gated = case.weight(), case.gate != "none"
     model = quant_model("QuantLinear", weight.format(gated=gated), pack(weight, gated=gated), inputs, case.attributes, sums=True)
-    return quant_reference.QuantLinearResult(*_session(model, threads).run(None, dict(inputs)))
+    return quant_reference.QuantLinearResult(*node_session(model, threads).run(None, dict(inputs)))
 
 
 def run_embedding(weight: QuantizedWeight, ids: Array) -> Array:
     model = quant_model("QuantEmbedding", weight.format(), pack(weight), {"ids": ids}, {}, sums=False)
-    return _session(model, 1).run(None, {"ids": ids})[0]
+    return node_session(model, 1).run(None, {"ids": ids})[0]
 
 
 def reference_of(case: QuantCase, inputs: Mapping[str, Array]) -> quant_reference.QuantLinearResult:

@@ -12,28 +12,17 @@ quarter of the context, `tree` a draft of 16 rows beside the chain of the same r
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
+from bench_quant_linear import best_time
 from octavo import custom_ops
 from octavo.custom_ops.contract import CACHE_FORMATS, DOMAIN, OPSET
 from onnx import TensorProto, helper
 
 P = 32
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
-
-
-def best_time(run: Callable[[], object], seconds: float) -> float:
-    """Of at least three runs, the shortest."""
-    run()
-    best, until, count = float("inf"), time.perf_counter() + seconds, 0
-    while count < 3 or time.perf_counter() < until:
-        start = time.perf_counter()
-        run()
-        best, count = min(best, time.perf_counter() - start), count + 1
-    return best
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
