@@ -14,12 +14,12 @@ from ..models.sizes import parse_size
 from ..models.spec import CacheName
 from ..passes.cache_formats import check_formats
 from ..passes.linears.precision import Precision
+from ..passes.quantize.groups import GroupSize
+from ..passes.quantize.methods import Method
 
 KVCache = Literal["auto", "fp32", "fp16", "int8"]
 Masking = Literal["auto", "causal", "none"]
 Activations = Literal["int8", "int8-static", "fp32"]
-Quantizer = Literal["rtn", "search", "hqq", "gptq"]
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CompileOptions:
     weights: Precision | Mapping[str, Precision] = "fp32"
     group_size: int | None = None
     zero_point: ZeroPoint = "float"
-    quantizer: Quantizer = "search"
+    quantizer: Method = "search"
     weight_budget: int | str | None = None
     calibration: str | PathLike[str] | None = None
     activations: Activations = "int8"
@@ -72,11 +72,11 @@ class CompileOptions:
             check_formats(self.kv_cache)
         elif self.kv_cache is not False and self.kv_cache not in get_args(KVCache):
             raise OptionError(f"kv_cache={self.kv_cache!r} is not one of {_listed(KVCache)}, False or a map of layers")
-        for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Quantizer), ("zero_point", ZeroPoint)):
+        for name, known in (("masking", Masking), ("activations", Activations), ("quantizer", Method), ("zero_point", ZeroPoint)):
             if getattr(self, name) not in get_args(known):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not one of {_listed(known)}")
-        if self.group_size is not None and (self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool)):
-            raise OptionError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.group_size is not None and (self.group_size not in get_args(GroupSize) or isinstance(self.group_size, bool)):
+            raise OptionError(f"group_size={self.group_size!r} is not one of {_listed(GroupSize)}")
         for pattern, precision in self.patterns.items():
             if not isinstance(pattern, str) or precision not in get_args(Precision):
                 raise OptionError(f"weights={self.weights!r}: {precision!r} is not one of {_listed(Precision)}")

@@ -27,7 +27,6 @@ class NamedSessions:
         self._folder, self._limit = folder, limit
         self._lock = threading.Lock()
         self._open: set[str] = set()
-        self.num_evicted = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,7 +82,6 @@ class NamedSessions:
                     break
                 if folder != keep and folder not in open_now:
                     shutil.rmtree(folder, ignore_errors=True)
-                    self.num_evicted += 1
                     excess -= sizes[folder]
 
 
