@@ -23,34 +23,37 @@ from .scheduler import Schedule, Scheduler
 
 
 class Turn:
-    """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant."""
+    """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant.
+
+    There are two queues: who only submits, cancels or reads goes before those who want a step, for the next step may be the one that serves it.
+    """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._held = False
+        self._calls: deque[_Waiter] = deque()       # who want no step
         self._waiting: deque[_Waiter] = deque()
 
-    def take(self, ready: Callable[[], bool] | None = None, *, soon: bool = False) -> bool:
+    def take(self, ready: Callable[[], bool] | None = None) -> bool:
         """Waits for the turn, which is then the caller's to give back; False where `ready` came true while it waited, and the turn is not needed.
 
-        `ready` is asked by whoever gives the turn back: who wants nothing more need not wait behind those who do. `soon` goes before all who wait.
+        With `ready` the caller wants steps until it is true. It is asked by whoever gives the turn back: who wants nothing more need not wait
+        behind those who do.
         """
         with self._mutex:
             if not self._held:
                 self._held = True
                 return True
             waiter = _Waiter(ready)
-            if soon:
-                self._waiting.appendleft(waiter)
-            else:
-                self._waiting.append(waiter)
+            queue = self._calls if ready is None else self._waiting
+            queue.append(waiter)
         try:
             waiter.gate.acquire()
         except BaseException:
             with self._mutex:
-                waited = waiter in self._waiting
+                waited = waiter in queue
                 if waited:
-                    self._waiting.remove(waiter)
+                    queue.remove(waiter)
             if not waited and waiter.has_turn:
                 self.give()
             raise
@@ -62,9 +65,9 @@ class Turn:
             for waiter in [waiter for waiter in self._waiting if waiter.ready is not None and waiter.ready()]:
                 self._waiting.remove(waiter)
                 waiter.gate.release()
-            if self._waiting:
-                self._waiting[0].has_turn = True
-                self._waiting.popleft().gate.release()
+            if queue := self._calls or self._waiting:
+                queue[0].has_turn = True
+                queue.popleft().gate.release()
             else:
                 self._held = False
 
@@ -166,7 +169,7 @@ class Engine:
 
     def cancel_soon(self, requests: Iterable[Request]) -> None:
         """`cancel`, before anybody else's next step."""
-        self.turn.take(soon=True)
+        self.turn.take()
         try:
             self.cancel(requests)
         finally:

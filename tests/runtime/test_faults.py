@@ -18,7 +18,7 @@ PROMPTS = [[5 + i, 9, 30 + i] for i in range(6)]
 
 def waiting(turn):
     with turn._mutex:
-        return len(turn._waiting)
+        return len(turn._calls) + len(turn._waiting)
 
 
 def until(condition):

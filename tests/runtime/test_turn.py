@@ -11,9 +11,9 @@ from octavo.runtime.engine import Turn
 
 def waiting(turn: Turn, count: int) -> None:
     until = monotonic() + 10
-    while len(turn._waiting) < count and monotonic() < until:
+    while (queued := len(turn._calls) + len(turn._waiting)) < count and monotonic() < until:
         sleep(0.001)
-    assert len(turn._waiting) == count
+    assert queued == count
 
 
 def test_who_is_served_waits_for_nobody_elses_step():
@@ -63,23 +63,23 @@ def test_order_of_arrival():
     assert order == list(range(5))
 
 
-def test_a_cancel_waits_for_one_step_alone():
+def test_who_wants_no_step_waits_for_one_alone():
     turn, order = Turn(), list[str]()
 
-    def work(name: str, soon: bool) -> None:
-        turn.take(soon=soon)
+    def work(name: str, steps: bool) -> None:
+        turn.take((lambda: False) if steps else None)
         order.append(name)
         turn.give()
 
     turn.take()
-    threads = [threading.Thread(target=work, args=(name, name == "cancel")) for name in ("a", "b", "cancel")]
+    threads = [threading.Thread(target=work, args=(name, name in "ab")) for name in ("a", "b", "submit", "cancel")]
     for count, thread in enumerate(threads, 1):
         thread.start()
         waiting(turn, count)
     turn.give()
     for thread in threads:
         thread.join(10)
-    assert order == ["cancel", "a", "b"]
+    assert order == ["submit", "cancel", "a", "b"]
 
 
 def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
