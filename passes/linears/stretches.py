@@ -95,8 +95,8 @@ class Stretches:
         return self._seen.pop(name, None)
 
     def rounded(self, name: str, values: Array) -> None:
-        """`values` [M, K] take the place of the weight `name` in what is still to come."""
-        if any(name in stretch.weights for stretch in self._stretches):
+        """`values` [M, K] take the place of the weight `name` in what is still to come. One that the graph has packed stays as it is there."""
+        if not self._linears[name].packed and any(name in stretch.weights for stretch in self._stretches):
             self._rounded[name] = values if self._linears[name].transposed else np.ascontiguousarray(values.T)
 
     def _go_on(self) -> None:
@@ -156,10 +156,9 @@ def _output(runner: ConeRunner, feeds: Mapping[str, Numbers], name: str, values:
 
 
 def _planned(model: ir.Model, ids: str, attentions: Sequence[AttentionSite]) -> list[_Stretch]:
-    sites = [site for site in find_linears(model, ids).sites if not site.packed]
-    readers: dict[ir.Value, list[LinearSite]] = {}
-    for site in sites:
-        readers.setdefault(site.input, []).append(site)
+    linears = find_linears(model, ids)
+    readers = {sites[0].input: sites for sites in linears.by_input()}
+    sites = [site for site in linears.sites if not site.packed]
     made: dict[ir.Value, int] = {}      # in which stretch
 
     def known(last: int) -> Callable[[ir.Value], bool]:

@@ -48,6 +48,18 @@ def written(
     return model
 
 
+def constants(model: ir.Model, arrays: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """Gives names that nodes read these contents; returns the graph."""
+    for name, tensor in arrays.items():
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        model.graph.register_initializer(value)
+        for node in model.graph:
+            for i, operand in enumerate(node.inputs):
+                if operand is not None and operand.name == name:
+                    node.replace_input_with(i, value)
+    return model
+
+
 def run(model: ir.Model, feeds: Arrays, *, fused: bool = False) -> list[np.ndarray]:
     options = ort.SessionOptions()
     if not fused:

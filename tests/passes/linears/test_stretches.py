@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import one_sequence, quantize, run, token_flat
+from graphs import constants, one_sequence, quantize, run, token_flat, written
 from octavo.models.onnx_reader import graph_interface, read_onnx
 from octavo.passes.attention.match import match_attention
 from octavo.passes.attention.site import AttentionSite
@@ -102,6 +102,25 @@ def test_a_smoothed_graph_reads_smoothed_inputs_and_tells_its_weights_as_they_we
         np.testing.assert_allclose(seen.hessian, plain[name] / np.outer(s, s), rtol=1e-3, atol=1e-3 * np.abs(plain[name] / np.outer(s, s)).max())
         weight = weight_of(model, name)
         inputs.rounded(name, weight if sites[name].transposed else weight.T)
+
+
+def test_a_weight_that_the_graph_has_packed_is_seen_too() -> None:
+    """Eight bits that are to become four are rounded as any weight is; what comes behind reads what the graph computes."""
+    rng = np.random.default_rng(2)
+    body = "e = Gather(t, input_ids) p = com.microsoft.MatMulNBits<K = 64, N = 64, bits = 8, block_size = 32>(e, w, s) y = MatMul(p, v)"
+    model = written(body, {"t": (320, 64), "v": (64, 32)}, "float[b,n,32] y", inputs="int64[b,n] input_ids")
+    constants(model, {
+        "w": ir.Tensor(rng.integers(0, 256, (64, 2, 32)).astype(np.uint8)), "s": ir.Tensor(rng.uniform(0.001, 0.002, (64, 2)).astype(np.float32)),
+    })
+    stretches, tokens = Stretches(model, graph_interface(model), TEXT[1:]), TEXT[1]
+    rows = weight_of(model, "t")[tokens]
+    (seen,) = stretches.seen("w") or ()
+    np.testing.assert_allclose(seen.hessian, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    stretches.rounded("w", np.zeros((64, 64), np.float32))
+    (behind,) = stretches.seen("v") or ()
+    product = find_linears(model).sites[1].input
+    made = computed(model, [product], {}, tokens)[0].reshape(-1, 64)
+    np.testing.assert_allclose(behind.hessian, made.T @ made, rtol=1e-3, atol=1e-3 * np.abs(made.T @ made).max())
 
 
 def outputs(model: ir.Model, value: ir.Value, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:

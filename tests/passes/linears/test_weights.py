@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import ops, quantize, run, written
+from graphs import constants, ops, quantize, run, written
 from octavo.custom_ops.packing import QuantizedWeight, WeightFormat, unpack
 from octavo.custom_ops.quant_reference import quant_linear
 from octavo.passes.linears.precision import Precision
@@ -16,17 +14,6 @@ from octavo.passes.outcome import Outcome
 from octavo.passes.quantize.stored import Stored, find_stored
 
 ROWS = np.random.default_rng(5).normal(size=(6, 64)).astype(np.float32)
-
-
-def constants(model: ir.Model, arrays: Mapping[str, ir.TensorProtocol]) -> ir.Model:
-    for name, tensor in arrays.items():
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
-        model.graph.register_initializer(value)
-        for node in model.graph:
-            for i, operand in enumerate(node.inputs):
-                if operand is not None and operand.name == name:
-                    node.replace_input_with(i, value)
-    return model
 
 
 def dequantizing(dtype: str = "INT4", *, half: bool = True) -> tuple[ir.Model, dict[str, Stored], np.ndarray]:
