@@ -11,7 +11,7 @@ the source stores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -63,7 +63,7 @@ class SmoothLinears(ir.passes.InPlacePass):
         inputs = linears.by_input()
         for sites in inputs:
             source = _source(sites[0].input, linears)
-            why = self._why_not(sites, source, precision)
+            why = self._why_not(sites, source, precision, {table.name for table in linears.embeddings})
             if isinstance(why, Refusal):
                 refusals.append(why)
             elif why is not None:
@@ -84,26 +84,30 @@ class SmoothLinears(ir.passes.InPlacePass):
         """What the smoothed linears read, out of what those of the graph as it was do."""
         return _Smoothed(unsmoothed, self.factors, self._divided)
 
-    def _why_not(self, sites: Sequence[LinearSite], source: Norm | GateSite | None, precision: Mapping[str, Precision]) -> str | Refusal | None:
-        """Why the input of `sites` can't be smoothed; None where it can."""
+    def _why_not(
+        self, sites: Sequence[LinearSite], source: Norm | GateSite | None, precision: Mapping[str, Precision], tables: Collection[str],
+    ) -> str | Refusal | None:
+        """Why the input of `sites` can't be smoothed; None where it can. `tables` are the names of the weights of embeddings."""
         if source is None:
             return "not behind a norm or a gate"
         written = [source.up.site] if isinstance(source, GateSite) else []
         for site in (*sites, *written):
-            if (why := self._kept(site, precision)) is not None:
+            if (why := self._kept(site, precision, tables)) is not None:
                 return why
         if not reads_norm_alone(source.output, [site.node for site in sites]):
             reads = ", ".join(sorted({use.node.op_type for use in source.output.uses()})) or "a graph output"
             return Refusal("smoothing would change what else reads its input", sites[0].name, f"{source.output.name}: {reads}")
         return None
 
-    def _kept(self, site: LinearSite, precision: Mapping[str, Precision]) -> str | None:
+    def _kept(self, site: LinearSite, precision: Mapping[str, Precision], tables: Collection[str]) -> str | None:
         """Why a weight may not be changed."""
         if precision[site.name] not in ("int8", "int4"):
             return "not rounded here"
         reader = site.node.inputs[1]
         assert reader is not None
-        if len(site.weight.uses()) > 1 or len(reader.uses()) > 1 or (site.bias is not None and len(site.bias.uses()) > 1):
+        others = len(site.weight.uses()) > 1 or len(reader.uses()) > 1 or (site.bias is not None and len(site.bias.uses()) > 1)
+        # A table may be a head's turned copy: the two are stored once as long as their numbers are the same.
+        if others or site.name in tables:
             return "a weight that others read"
         if site.packed or str(site.weight.name) in self._stored or on_grid(_weight(site)) is not None:
             return "stored quantized"

@@ -188,3 +188,17 @@ def test_inputs_that_are_no_numbers_are_an_error() -> None:
     model = written("y = MatMul(x, w)", {"w": (64, 32)}, "float[n,32] y")
     with pytest.raises(ModelError, match="the inputs of head are not finite on the calibration text"):
         QuantizeLinears(replace(PLAN, maxima={"w": np.full(64, np.nan, np.float32)}), {})(model)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_head_and_its_table_stay_one_weight(turned: bool) -> None:
+    """Of an initializer, or of a turned copy as some exporters write it: both are stored once, and only as long as they have the same numbers."""
+    weights = {"n": (64,), "t": (96, 64)} | ({"w": (64, 96)} if turned else {})
+    body = "e = Gather(t, input_ids) h = RMSNormalization<axis = -1>(e, n) y = MatMul(h, w)"
+    model = written(body if turned else f"w = Transpose<perm = [1, 0]>(t) {body}", weights, "float[q,96] y", inputs="int64[q] input_ids")
+    if turned:
+        table = model.graph.initializers["t"].const_value
+        model.graph.initializers["w"].const_value = ir.Tensor(np.ascontiguousarray(table.numpy().T), name="w")
+    outcome, stage = smoothed(model)
+    assert not stage.factors and outcome.notes == ("none smoothed", "a weight that others read: 1 (head)")
+    assert find_linears(model).names == ("head",)
