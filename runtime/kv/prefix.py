@@ -48,7 +48,8 @@ class PrefixIndex:
         self._nodes: list[dict[int, Node]] = [{} for _ in pools]    # by group: the node of each kept block
 
     def root(self, scope: str | None) -> Node:
-        return self._roots.setdefault(scope, Node(None, scope, len(self._pools)))
+        """Where prefixes of `scope` begin. One under which nothing is cached stays in no table: scopes come and go, one for each user perhaps."""
+        return self._roots.get(scope) or Node(None, scope, len(self._pools))
 
     def grow(self, chain: list[Node], tokens: Sequence[int], tables: Sequence[Sequence[int]], length: int) -> None:
         """Enters the blocks that positions [0, length) have filled since the last call, and moves `chain` on."""

@@ -226,3 +226,17 @@ def test_tokens_with_the_same_hash_are_not_the_same_prefix():
     same, other = tables.open(), tables.open()
     assert (tables.adopt(same, ours, 8), tables.adopt(other, theirs, 8)) == (8, 0)
     tables.check()
+
+
+def test_a_scope_under_which_nothing_is_kept_leaves_nothing():
+    """A salt for each user: those whose sequences fill no block, or whose blocks are gone, cost no memory."""
+    tables = BlockTables([None], 8, P, prefix_cache=True)
+    for user in range(100):
+        blocks = tables.open(f"user {user}")
+        length = P + 1 if user % 2 else P - 1
+        tables.adopt(blocks, range(length), length - 1)
+        tables.commit(tables.extend(blocks, 0, length))
+        tables.settle(blocks, range(length), length)
+        tables.close(blocks)
+        tables.check()
+    assert len(tables._index._roots) <= 8, "as many as there are blocks, at most"
