@@ -6,7 +6,6 @@ threads' sequences share steps, and a program with one thread has no other.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,70 +19,7 @@ from .request import AppendRequest, GenerateRequest, Request
 from .sampler import Row, open_sampler
 from .saved import CacheState
 from .scheduler import Schedule, Scheduler
-
-
-class Turn:
-    """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant.
-
-    There are two queues: who only submits, cancels or reads goes before those who want a step, for the next step may be the one that serves it.
-    """
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._held = False
-        self._calls: deque[_Waiter] = deque()       # who want no step
-        self._waiting: deque[_Waiter] = deque()
-
-    def take(self, ready: Callable[[], bool] | None = None) -> bool:
-        """Waits for the turn, which is then the caller's to give back; False where `ready` came true while it waited, and the turn is not needed.
-
-        With `ready` the caller wants steps until it is true. It is asked by whoever gives the turn back: who wants nothing more need not wait
-        behind those who do.
-        """
-        with self._mutex:
-            if not self._held:
-                self._held = True
-                return True
-            waiter = _Waiter(ready)
-            queue = self._calls if ready is None else self._waiting
-            queue.append(waiter)
-        try:
-            waiter.gate.acquire()
-        except BaseException:
-            with self._mutex:
-                waited = waiter in queue
-                if waited:
-                    queue.remove(waiter)
-            if not waited and waiter.has_turn:
-                self.give()
-            raise
-        return waiter.has_turn
-
-    def give(self) -> None:
-        """Hands the turn on; before, all go that no longer need it."""
-        with self._mutex:
-            for waiter in [waiter for waiter in self._waiting if waiter.ready is not None and waiter.ready()]:
-                self._waiting.remove(waiter)
-                waiter.gate.release()
-            if queue := self._calls or self._waiting:
-                queue[0].has_turn = True
-                queue.popleft().gate.release()
-            else:
-                self._held = False
-
-    def __enter__(self) -> None:
-        self.take()
-
-    def __exit__(self, *_: object) -> None:
-        self.give()
-
-
-class _Waiter:
-    def __init__(self, ready: Callable[[], bool] | None) -> None:
-        self.ready = ready
-        self.has_turn = False
-        self.gate = threading.Lock()
-        self.gate.acquire()     # opened by the one before, who leaves the turn held for us
+from .turn import Turn
 
 
 class Engine:
@@ -169,11 +105,8 @@ class Engine:
 
     def cancel_soon(self, requests: Iterable[Request]) -> None:
         """`cancel`, before anybody else's next step."""
-        self.turn.take()
-        try:
+        with self.turn:
             self.cancel(requests)
-        finally:
-            self.turn.give()
 
     def drop(self, action: Callable[[], None]) -> None:
         """From a finalizer: `action` runs under the turn, with the next step at the latest."""

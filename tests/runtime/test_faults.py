@@ -16,11 +16,6 @@ GREEDY = octavo.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[5 + i, 9, 30 + i] for i in range(6)]
 
 
-def waiting(turn):
-    with turn._mutex:
-        return len(turn._calls) + len(turn._waiting)
-
-
 def until(condition):
     end = time.monotonic() + 30
     while not condition():
@@ -102,10 +97,10 @@ def test_closing_the_model_while_others_wait(paths, op_library, monkeypatch):
     with turn:
         for thread in threads:
             thread.start()
-        until(lambda: waiting(turn) == 3)
+        until(lambda: turn.num_waiting == 3)
         closing = threading.Thread(target=model.close)
         closing.start()
-        until(lambda: waiting(turn) == 4)
+        until(lambda: turn.num_waiting == 4)
     for thread in (*threads, closing):
         thread.join(30)
         assert not thread.is_alive()
@@ -138,7 +133,7 @@ def test_a_stream_dropped_in_the_middle_of_a_step(paged, monkeypatch):
         rows = []
         appending = threading.Thread(target=lambda: rows.append(sequence.append([7, 8])))
         appending.start()
-        until(lambda: waiting(paged.engine.turn) >= 1)
+        until(lambda: paged.engine.turn.num_waiting >= 1)
         go.set()
         stepping.join(30)
         appending.join(30)
@@ -161,7 +156,7 @@ def test_many_threads_appends_share_steps(paged):
         with turn:
             for thread in threads:
                 thread.start()
-            until(lambda: waiting(turn) == 8)
+            until(lambda: turn.num_waiting == 8)
         for thread in threads:
             thread.join(30)
     assert paged.stats()["steps"] - before == rounds

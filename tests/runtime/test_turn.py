@@ -6,14 +6,24 @@ import threading
 from time import monotonic, sleep
 
 import pytest
-from octavo.runtime.engine import Turn
+from octavo.runtime.turn import Turn
 
 
 def waiting(turn: Turn, count: int) -> None:
     until = monotonic() + 10
-    while (queued := len(turn._calls) + len(turn._waiting)) < count and monotonic() < until:
+    while (queued := turn.num_waiting) < count and monotonic() < until:
         sleep(0.001)
     assert queued == count
+
+
+def served_in_order(turn: Turn, threads: list[threading.Thread]) -> None:
+    """Who has the turn gives it back once all `threads` wait, in this order; returns when all have had it."""
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        waiting(turn, count)
+    turn.give()
+    for thread in threads:
+        thread.join(10)
 
 
 def test_who_is_served_waits_for_nobody_elses_step():
@@ -54,12 +64,7 @@ def test_order_of_arrival():
 
     turn.take()
     threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
-    for count, thread in enumerate(threads, 1):
-        thread.start()
-        waiting(turn, count)
-    turn.give()
-    for thread in threads:
-        thread.join(10)
+    served_in_order(turn, threads)
     assert order == list(range(5))
 
 
@@ -73,12 +78,7 @@ def test_who_wants_no_step_waits_for_one_alone():
 
     turn.take()
     threads = [threading.Thread(target=work, args=(name, name in "ab")) for name in ("a", "b", "submit", "cancel")]
-    for count, thread in enumerate(threads, 1):
-        thread.start()
-        waiting(turn, count)
-    turn.give()
-    for thread in threads:
-        thread.join(10)
+    served_in_order(turn, threads)
     assert order == ["submit", "cancel", "a", "b"]
 
 
@@ -97,10 +97,10 @@ def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
 
     with monkeypatch.context() as patch:
         lock = threading.Lock
-        patch.setattr("octavo.runtime.engine.threading.Lock", Gate)
+        patch.setattr("octavo.runtime.turn.threading.Lock", Gate)
         with pytest.raises(KeyboardInterrupt):
             turn.take(lambda: False)
-        patch.setattr("octavo.runtime.engine.threading.Lock", lock)
-    assert not turn._waiting
+        patch.setattr("octavo.runtime.turn.threading.Lock", lock)
+    assert not turn.num_waiting
     turn.give()
     assert turn.take()
