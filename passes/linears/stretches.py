@@ -156,9 +156,9 @@ def _output(runner: ConeRunner, feeds: Mapping[str, Numbers], name: str, values:
 
 
 def _planned(model: ir.Model, ids: str, attentions: Sequence[AttentionSite]) -> list[_Stretch]:
-    linears = find_linears(model, ids)
-    readers = {sites[0].input: sites for sites in linears.by_input()}
-    sites = [site for site in linears.sites if not site.packed]
+    matched = find_linears(model, ids)
+    readers = {group[0].input: group for group in matched.by_input()}
+    sites = [site for site in matched.sites if not site.packed]
     made: dict[ir.Value, int] = {}      # in which stretch
 
     def known(last: int) -> Callable[[ir.Value], bool]:
