@@ -31,7 +31,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from ..custom_ops.contract import CACHE_FORMATS, QUANT_LINEAR
 from ..errors import OptionError, UnsupportedError
-from ..models.artifact import GRAPH, Artifact, ArtifactWriter
+from ..models.artifact import GRAPH, Artifact, ArtifactWriter, Manifest
 from ..models.external_data import source_sha256
 from ..models.interface import GraphPort
 from ..models.onnx_reader import read_onnx
@@ -147,7 +147,7 @@ def check(
         with closing(load(dequantized(Path(against), Path(scratch)), False)) as runner:
             reference = _run(runner, cases, notes)
     # Rounded weights or activations are judged by quality: the twin, where it is exact, still tells a wrong rewrite from a rounding.
-    limits = quality(manifest.thresholds) if _multiplies_in_int8(opened) or manifest.weights == "rounded" else tight(manifest.spec)
+    limits = quality(manifest.thresholds) if multiplies_in_int8(manifest) or manifest.weights == "rounded" else tight(manifest.spec)
     exact = tight(None) if manifest.weights == "exact" else limits
     results = [compare("reference", name, ours[name], rows, limits) for name, rows in reference.items()]
     results += [compare("rewrite", name, rows, reference[name], exact) for name, rows in rewritten.items()]
@@ -184,7 +184,7 @@ def exact_twin(artifact: Artifact, folder: Path) -> Path | None:
     spec = artifact.manifest.spec
     if artifact.manifest.kind != "paged" or spec is None:
         return None
-    if all(layer.cache == "fp32" for layer in spec.cache_layers) and not _multiplies_in_int8(artifact):
+    if all(layer.cache == "fp32" for layer in spec.cache_layers) and not multiplies_in_int8(artifact.manifest):
         return None
     return with_cache(artifact, folder, "fp32", activation_bits=32)
 
@@ -219,8 +219,8 @@ def with_cache(artifact: Artifact, folder: Path, cache: CacheName, *, activation
         return writer.finish(replace(manifest, spec=replace(spec, cache_layers=layers), interface=interface)).folder
 
 
-def _multiplies_in_int8(artifact: Artifact) -> bool:
-    return any(decision.feature == "activations" and decision.value.startswith("int8") for decision in artifact.manifest.decisions)
+def multiplies_in_int8(manifest: Manifest) -> bool:
+    return any(decision.feature == "activations" and decision.value.startswith("int8") for decision in manifest.decisions)
 
 
 def _cache_port(port: GraphPort, layers: Sequence[CacheLayer]) -> GraphPort:

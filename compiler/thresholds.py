@@ -21,7 +21,7 @@ class Limits:
 # about ε·√(L·K) of the largest (1.5e-5 for 30 layers of 576), and the limits leave a factor of seven. fp16 cache: keys and values are
 # rounded to 2⁻¹¹ once; a mean KL of 1e-5 is what is promised for it. int8 cache: 127 steps of a head's largest element, for queries and
 # probabilities too; a mean KL of 1e-3 on text is promised, and the tokens of the check need not be text.
-_TIGHT: dict[CacheName, Limits] = {
+TIGHT: dict[CacheName, Limits] = {
     "fp32": Limits(relative=1e-4, mean_kl=1e-8),
     "fp16": Limits(relative=1e-2, mean_kl=1e-5),
     "int8": Limits(relative=0.1, mean_kl=1e-2),
@@ -42,7 +42,7 @@ _TOP1 = 0.98
 def tight(spec: ModelSpec | None) -> Limits:
     """The limits that decide, by the coarsest format that a cache layer has."""
     formats = {layer.cache for layer in spec.cache_layers} if spec else set()
-    return next(limits for cache, limits in reversed(_TIGHT.items()) if cache in formats or cache == "fp32")
+    return next(limits for cache, limits in reversed(TIGHT.items()) if cache in formats or cache == "fp32")
 
 
 def quality_thresholds(spec: ModelSpec | None, *, quantized: bool, rounded: bool = False, static: bool = False) -> dict[str, float]:

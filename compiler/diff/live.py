@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import onnx
 import onnx_ir as ir
@@ -26,7 +27,7 @@ class LiveReader:
 
     def __init__(self) -> None:
         self._hasher = Hasher()
-        self._digests: dict[int, tuple[ir.TensorProtocol, str]] = {}
+        self._digests: WeakKeyDictionary[ir.TensorProtocol, str] = WeakKeyDictionary()      # a pass may drop its weights meanwhile
 
     def close(self) -> None:
         self._hasher.close()
@@ -43,9 +44,9 @@ class LiveReader:
 
     def digest(self, tensor: ir.TensorProtocol) -> str:
         """As of the same bytes in a file."""
-        if id(tensor) not in self._digests:
-            self._digests[id(tensor)] = tensor, self._hashed(tensor)
-        return self._digests[id(tensor)][1]
+        if tensor not in self._digests:
+            self._digests[tensor] = self._hashed(tensor)
+        return self._digests[tensor]
 
     def _hashed(self, tensor: ir.TensorProtocol) -> str:
         if isinstance(tensor, ir.ExternalTensor):

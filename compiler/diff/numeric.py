@@ -26,14 +26,14 @@ from ...models.context import configured_context
 from ...models.interface import GraphInterface
 from ...models.onnx_reader import graph_interface, read_onnx
 from ...models.runner import Runner
-from ...models.spec import CacheGroup, CacheLayer, CacheName, ModelSpec
-from ..check import Load, compare, dequantized, exact_twin, outputs_of, with_cache
+from ...models.spec import CacheName
+from ..check import Load, compare, dequantized, exact_twin, multiplies_in_int8, outputs_of, with_cache
 from ..check_cases import CASES, LONG, Rows, tokens_for
 from ..check_cases import Tokens as CaseTokens
 from ..check_inputs import seeded_inputs
 from ..entry import compile
 from ..options import CompileOptions
-from ..thresholds import Limits, quality, tight
+from ..thresholds import TIGHT, Limits, quality, tight
 from .blame import blame
 from .graph import Snapshot
 from .locate import Tokens, feeds, locate, values_of
@@ -139,10 +139,10 @@ def _each_precision(
             with closing(load(with_cache(artifact, scratch / f"{name}-{k}", name), True)) as runner:
                 rows.append(_run(cases, runner, notes))
         exact = exact or rows[0]
-        limits = tight(ModelSpec(1, 1, (CacheLayer(0, 1, 1, 1, name),), (CacheGroup(None),))).relative or 0.0
+        limit = TIGHT[name].relative or 0.0
         for case in (case for case in rows[0] if case in rows[1]):
             rounding = compare("reference", case, rows[0][case], exact[case], Limits()).relative
-            yield _numbers(f"{name} cache", case, rows[0][case], rows[1][case], 0.0, max(allowed, min(limits, 2 * rounding)), tokens)
+            yield _numbers(f"{name} cache", case, rows[0][case], rows[1][case], 0.0, max(allowed, min(limit, 2 * rounding)), tokens)
 
 
 def _paged(side: Side, folder: Path, say: Callable[[str], None]) -> Artifact | None:
@@ -227,7 +227,7 @@ def _allowed(side: Side) -> float:
     if side.artifact is None:
         return 0.0
     manifest = side.artifact.manifest
-    rounds = manifest.weights == "rounded" or any(d.feature == "activations" and d.value.startswith("int8") for d in manifest.decisions)
+    rounds = manifest.weights == "rounded" or multiplies_in_int8(manifest)
     limits = quality(manifest.thresholds) if rounds else tight(manifest.spec)
     return limits.relative or 0.0
 

@@ -114,7 +114,7 @@ class BlockTables:
         """After positions [0, length) are committed: enters full blocks in the index, releases those that no later token sees."""
         if self._index is not None:
             self._index.grow(blocks.chain, tokens, blocks.tables, length)
-        for pool, window, table in zip(self.pools, self._windows, blocks.tables):
+        for group, (window, table) in enumerate(zip(self._windows, blocks.tables)):
             if window is None:
                 continue
             # Seen from the last full block, so that the prefix that ends there (what is saved, and found by others) is whole.
@@ -122,8 +122,7 @@ class BlockTables:
             for index in range(self._first_seen(window, whole) - 1, -1, -1):
                 if table[index] < 0:
                     break
-                pool.free(table[index])
-                table[index] = -1
+                self.release(blocks, group, index)
 
     def count(self, length: int) -> int:
         """Blocks that `length` positions fill, the last perhaps in part."""
