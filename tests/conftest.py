@@ -32,6 +32,37 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stored_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny decoder, model.onnx, and artifacts of it by how their weights are stored: fp32, int8, int4."""
+    import octavo
+    from octavo.models.tiny import tiny_llama_onnx
+
+    folder = tmp_path_factory.mktemp("stored")
+    source = tiny_llama_onnx(folder)
+    for weights in ("fp32", "int8", "int4"):
+        octavo.compile(source, folder / weights, options=octavo.CompileOptions(weights=weights))  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unknown_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph with a Softmax between two products that is no attention that anybody knows."""
+    import onnx
+
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[b,s,8] x) => (float[b,s,8] y) <float[8,1] w = {1, 1, 1, 1, 1, 1, 1, 1}> {
+        a = MatMul(x, w)
+        c = Transpose<perm = [0, 2, 1]>(a)
+        scores = Add(a, c)
+        weights = Softmax<axis = -1>(scores)
+        y = MatMul(weights, x)
+    }"""
+    path = tmp_path_factory.mktemp("unknown") / "gat.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_decoder() -> Callable[..., TorchDecoder]:
     """`tiny_decoder(name="llama", seed=0)`: the torch model that `exported` exports; the oracle for its graphs. Skips without torch."""
     _need_torch()

@@ -93,20 +93,11 @@ def test_inspect_shows_the_report_again_and_writes_nothing(octavo_cli, workplace
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_inspect_is_loud_where_no_attention_is_rewritten(octavo_cli, tmp_path):
+def test_inspect_is_loud_where_no_attention_is_rewritten(octavo_cli, unknown_attention):
     """A red line on standard error, and exit code 2 under --strict; a graph whose attention is rewritten has neither."""
-    text = """<ir_version: 10, opset_import: ["" : 18]>
-    g (float[b,s,8] x) => (float[b,s,8] y) <float[8,1] w = {1, 1, 1, 1, 1, 1, 1, 1}> {
-        a = MatMul(x, w)
-        c = Transpose<perm = [0, 2, 1]>(a)
-        scores = Add(a, c)
-        weights = Softmax<axis = -1>(scores)
-        y = MatMul(weights, x)
-    }"""
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "gat.onnx")
-    code, out, err = octavo_cli("inspect", tmp_path / "gat.onnx")
+    code, out, err = octavo_cli("inspect", unknown_attention)
     assert code == 0 and "0 of 1 attention sites were rewritten" in err and "layers.0.attention: " in out and "[" in out
-    assert octavo_cli("inspect", tmp_path / "gat.onnx", "--strict")[0] == 2
+    assert octavo_cli("inspect", unknown_attention, "--strict")[0] == 2
     code, _, err = octavo_cli("inspect", "model.onnx", "--strict")
     assert code == 0 and "0 of" not in err
 

@@ -18,8 +18,7 @@ from octavo.__main__ import packaged_gguf
 
 HERE = Path(__file__).parent
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-# The pass that turns products into quantized ones, by its place.
-STEP = 11
+STEP = "quantize_linears"    # the pass whose picture is taken
 RULES = ["expect ai.octavo::PagedAttention == layers", "forbid Softmax", "max_growth weight_bytes 0", "max_new Gather 0"]
 STYLE = """body { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 900px; margin: 24px auto; color: #1f2328 }
 table { border-collapse: collapse; width: 100%; font-size: 13px }

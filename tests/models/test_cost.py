@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import octavo
 import onnx
 import pytest
 from octavo.models.artifact import read_manifest
 from octavo.models.cost import cache_bytes, step_cost
 from octavo.models.spec import CacheGroup, CacheLayer, ModelSpec
-from octavo.models.tiny import TINY, tiny_llama_onnx
+from octavo.models.tiny import TINY
 from octavo.runtime.kv.budget import block_bytes
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,19 +18,9 @@ K, M, V, L, H, G, D = (C[name] for name in (
 LINEARS = L * (K * (H + 2 * G) * D + H * D * K + 3 * K * M)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Artifacts of one decoder with fp32, int8 and int4 weights."""
-    folder = tmp_path_factory.mktemp("cost")
-    source = tiny_llama_onnx(folder)
-    for weights in ("fp32", "int8", "int4"):
-        octavo.compile(source, folder / weights, options=octavo.CompileOptions(weights=weights))
-    return folder
-
-
 @pytest.mark.parametrize("weights, bits", [("fp32", 32), ("int8", 8), ("int4", 4)])
-def test_products_do_not_depend_on_how_weights_are_stored(compiled, weights, bits):
-    cost = step_cost(compiled / weights / "model.onnx")
+def test_products_do_not_depend_on_how_weights_are_stored(stored_weights, weights, bits):
+    cost = step_cost(stored_weights / weights / "model.onnx")
     # The last layer's rows are gathered somewhere between its attention and the head.
     assert cost.per_token + cost.per_row == LINEARS + K * V and K * V <= cost.per_row <= K * V + LINEARS // L
     assert cost.attentions == tuple((layer, H) for layer in range(L))
@@ -39,8 +28,8 @@ def test_products_do_not_depend_on_how_weights_are_stored(compiled, weights, bit
     assert least <= cost.weight_bytes <= least * 1.6, "with scales and norms, without the rotary table; the tied head once"
 
 
-def test_a_source_counts_like_its_artifact(compiled):
-    cost = step_cost(compiled / "model.onnx")
+def test_a_source_counts_like_its_artifact(stored_weights):
+    cost = step_cost(stored_weights / "model.onnx")
     assert cost.per_token == LINEARS + K * V and cost.per_row == 0, "it computes every row of logits"
     assert cost.attentions == ()
 
@@ -68,8 +57,8 @@ def test_weights_in_other_operators(tmp_path):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
-def test_attention_of_a_prompt_row_by_row(compiled, window):
-    cost = step_cost(compiled / "fp32" / "model.onnx")
+def test_attention_of_a_prompt_row_by_row(stored_weights, window):
+    cost = step_cost(stored_weights / "fp32" / "model.onnx")
     layers = tuple(CacheLayer(min(i, 1), G, D, D + 3, "fp16") for i in range(L))
     spec = ModelSpec(V, 512, layers, (CacheGroup(None), CacheGroup(window)))
     seen = [sum(p + 1 if w is None else min(p + 1, w) for p in range(37)) for w in (None, window)]
@@ -78,8 +67,8 @@ def test_attention_of_a_prompt_row_by_row(compiled, window):
 
 
 @pytest.mark.parametrize("cache", ["fp32", "fp16", "int8"])
-def test_cache_bytes_are_those_of_the_blocks(compiled, cache):
-    spec = read_manifest(compiled / "fp32" / "octavo.json").spec
+def test_cache_bytes_are_those_of_the_blocks(stored_weights, cache):
+    spec = read_manifest(stored_weights / "fp32" / "octavo.json").spec
     layers = tuple(CacheLayer(0, layer.kv_heads, layer.head_size, layer.value_size, cache) for layer in spec.cache_layers)
     spec = ModelSpec(spec.vocab_size, spec.max_context, layers, spec.cache_groups)
     assert cache_bytes(spec, 64) == block_bytes(spec, 64)

@@ -280,7 +280,8 @@ const asked = new Map(location.hash.slice(1).split("&").map((part) => part.split
 if (asked.has("search")) query = decodeURIComponent(asked.get("search")).toLowerCase();
 whole = asked.has("whole");
 fillSides();
-show(data.steps[Number(asked.get("step"))] ? Number(asked.get("step")) : 0);
+// A step by its place, or the first of a name.
+show(Math.max(0, data.steps.findIndex((step, index) => [step.name, `${index}`].includes(asked.get("step")))));
 if (data.steps[at].edits[Number(asked.get("edit") ?? -1)]) picked = Number(asked.get("edit"));
 byId("search").value = query;
 byId("whole").checked = whole;

@@ -9,27 +9,19 @@ import pytest
 from octavo.compiler.diff.cost import cost_of
 from octavo.compiler.diff.source import read_snapshot
 from octavo.models.cost import step_cost
-from octavo.models.tiny import TINY, tiny_llama_onnx
+from octavo.models.tiny import TINY
 from onnx import TensorProto, helper, numpy_helper
 
 C = TINY["llama"]
 K, V, L, H, D = (C[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A decoder, and artifacts of it with weights of each kind, one of them not paged."""
-    folder = tmp_path_factory.mktemp("cost")
-    source = tiny_llama_onnx(folder)
-    for weights in ("fp32", "int8", "int4"):
-        octavo.compile(source, folder / weights, options=octavo.CompileOptions(weights=weights))
-    octavo.compile(source, folder / "contiguous", options=octavo.CompileOptions(paged=False))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["model.onnx", "fp32", "int8", "int4", "contiguous"])
-def test_the_diff_and_the_bench_count_the_same(folder, name):
-    path = folder / name
+def test_the_diff_and_the_bench_count_the_same(stored_weights, tmp_path, name):
+    path = stored_weights / name
+    if name == "contiguous":
+        path = tmp_path / name
+        octavo.compile(stored_weights / "model.onnx", path, options=octavo.CompileOptions(paged=False))
     cost, step = cost_of(read_snapshot(path)), step_cost(path / "model.onnx" if path.is_dir() else path)
     assert cost.flops == 2 * (step.per_token + step.per_row)
     # The diff adds one row of each table: an embedding, and the angles of a position in every layer.
