@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -252,37 +253,45 @@ def demo(
 ) -> None:
     """Take a small real model the whole way.
 
-    Imports, compiles, checks and asks it, and keeps the files.
+    Imports, compiles (weights as they are stored, an int8 cache), checks and asks it, and keeps the files.
     """
     from . import check as run_check
     from . import compile, import_model
+    from .compiler import CompileOptions
 
     source = gguf or packaged_gguf()
     graph = out / "plain" / "model.onnx"
     with working(f"1/4 importing {source.name}"):
         import_model(source, graph.parent)
     with working("2/4 compiling"):
-        report = compile(graph, out / "artifact")
+        report = compile(graph, out / "artifact", options=CompileOptions(weights="stored", kv_cache="int8"))
     say("3/4 checking")
     checked = run_check(out / "artifact", graph, progress=say)
     say(f"4/4 asking: {prompt}")
     with _loaded(out / "artifact", _runtime(None, None)) as model:
         params = replace(model.default_params, max_tokens=max_tokens, temperature=0.0)
-        answer = _stream(model.stream([{"role": "user", "content": prompt}], params), quiet=as_json)
+        times = [perf_counter()]
+        answer = _stream(_timed(model.stream([{"role": "user", "content": prompt}], params), times), quiet=as_json)
+    made = [
+        f"Asked:    {_speed(times)}", f"Compiled: {report.headline}", f"          {report.size_line()}; {report.seconds:.1f} s",
+        f"Checked:  {checked.closing} {len(checked.results)} cases of prompts, chunks, batches, forks and truncations, against the source",
+    ]
     print_result(
         as_json, {"answer": answer, "report": report.to_json(), "check": checked.to_json(), "artifact": str(out / "artifact")},
-        f"\n{report.to_text()}\n\n{checked.to_text()}\n\n{_NEXT.format(artifact=out / 'artifact')}",
+        "\n".join(["", *made, "", _NEXT.format(out=out)]),
     )
     if not checked.ok:
         raise typer.Exit(CHECK_FAILED)
 
 
 _NEXT = """Where to go next
-  talk with it:                 octavo chat {artifact}
-  this report again:            octavo inspect {artifact}
-  your own export:              octavo compile YOUR.onnx -o out/
-  the same in Python:           docs/quickstart.md
-  without Octavo's runtime:     docs/howto/plain-onnxruntime.md
+  talk with it:                    octavo chat {out}/artifact
+  what was rewritten, and why:     octavo inspect {out}/artifact
+  the figures of the check:        octavo check {out}/artifact --against {out}/plain/model.onnx
+  how fast it is:                  octavo bench {out}/artifact
+  your own export:                 octavo compile YOUR.onnx -o out/
+  the same in Python:              docs/quickstart.md
+  without Octavo's runtime:        docs/howto/plain-onnxruntime.md
 (`octavo` is .venv/bin/octavo after `make demo`.)"""
 
 
@@ -351,6 +360,19 @@ def _stream(pieces: Iterable[Piece], *, quiet: bool = False) -> str:
     if not quiet:
         print(flush=True)
     return "".join(texts)
+
+
+def _timed(pieces: Iterable[Piece], times: list[float]) -> Iterator[Piece]:
+    """The same pieces; enters when each came."""
+    for piece in pieces:
+        times.append(perf_counter())
+        yield piece
+
+
+def _speed(times: Sequence[float]) -> str:
+    """When it was asked, and when each piece came."""
+    first = f"the first token after {times[1] - times[0]:.3f} s" if len(times) > 1 else "no token came"
+    return f"{first}, then {(len(times) - 2) / (times[-1] - times[1]):.0f} a second" if len(times) > 2 else first
 
 
 def _raise_error(end: Piece | Completion) -> None:

@@ -98,9 +98,13 @@ class CheckReport:
                 lines += ["", title, f"  {'case':<20} {'rows':>5} {'max abs':>10} {'relative':>20} {'mean KL':>20} {'top-1':>16}"]
                 lines += [f"  {_result_line(result)}" for result in results]
         lines += ["", *self.notes] if self.notes else []
+        return "\n".join([*lines, "", self.closing])
+
+    @property
+    def closing(self) -> str:
+        """One sentence: whether it passed."""
         failed = sum(1 for result in self.results if not result.ok)
-        closing = "The check passed." if self.ok else f"The check FAILED: {failed} of {len(self.results)} cases are over their limit."
-        return "\n".join([*lines, "", closing])
+        return "The check passed." if self.ok else f"The check FAILED: {failed} of {len(self.results)} cases are over their limit."
 
 
 _TITLES = {

@@ -89,7 +89,7 @@ class CompileReport:
             lines += ["", "Refused"] + [f"  {refusal}" for refusal in self.refusals]
         lines += ["", "Decided"] + [f"  {decision}" for decision in self.decisions]
         lines += ["", "Stages"] + [f"  {_stage_line(outcome)}" for outcome in self.outcomes]
-        lines += ["", f"Sizes: {self._size_line()}; {self.seconds:.1f} s"]
+        lines += ["", f"Sizes: {self.size_line()}; {self.seconds:.1f} s"]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -98,7 +98,7 @@ class CompileReport:
             lines += ["", "**Refused**", ""] + [f"- `{r.where}`: {r.reason}" + (f" (nearest: {r.nearest})" if r.nearest else "") for r in self.refusals]
         lines += ["", "| feature | decision | reason |", "|---|---|---|"]
         lines += [f"| {d.feature} | {d.value} | {_cell(d.reason)} |" for d in self.decisions]
-        lines += ["", f"{self._size_line()}"]
+        lines += ["", f"{self.size_line()}"]
         return "\n".join(lines) + "\n"
 
     def _site_lines(self) -> list[str]:
@@ -112,7 +112,7 @@ class CompileReport:
             lines.append(f"{where}: {heads} heads over {kv_heads} of {head_size}, scale {scale:.6g}, {mask}, {rotary} → {target or 'unchanged'}")
         return lines
 
-    def _size_line(self) -> str:
+    def size_line(self) -> str:
         s = self.sizes
         return f"{s.nodes_before} → {s.nodes_after} nodes, {s.bytes_before / 1e6:.1f} → {s.bytes_after / 1e6:.1f} MB of parameters"
 

@@ -84,6 +84,7 @@ def test_the_demo_runs(folder, smollm2_gguf):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "The check passed." in done.stdout and "Where to go next" in done.stdout and ": paged," in done.stdout
+    assert re.search(r"then \d+ a second", done.stdout)
     assert (folder / "demo" / "artifact" / "octavo.json").is_file() and (folder / "demo" / "plain" / "model.onnx").is_file()
 
 
