@@ -164,7 +164,8 @@ class Engine:
             for late in [request for request in self._timed if request.deadline is not None and request.deadline <= now]:
                 self._fail(late, DeadlineError("the deadline has passed"))
         decoding = self._scheduler.num_decoding
-        schedule = self._scheduler.schedule(self._pace.prompt_tokens(decoding))
+        prompts = self._scheduler.num_running + self._scheduler.num_waiting - decoding
+        schedule = self._scheduler.schedule(self._pace.prompt_tokens(decoding, prompts))
         for request in schedule.starved:
             self._fail(request, self._no_room(request))
         unread: dict[Request, Slice] = dict(zip(schedule.requests, schedule.plan.slices))

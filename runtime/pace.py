@@ -1,7 +1,8 @@
 """How many prompt tokens may join a step in which streams decode: as many as keep their gaps within what the policy allows.
 
 A step of n decoding rows takes some time alone, each prompt token beside them takes some more; both are seen from the steps as they run. A
-step with prompt tokens may take `_STRETCH` times what it takes without. Nothing computed depends on it: how a prompt is cut changes no bits.
+step with prompt tokens may take `_STRETCH` times what it takes without, and more where prompts queue: with a share of the time that is fixed
+they could come faster than they are read for good. Nothing computed depends on it: how a prompt is cut changes no bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ Policy = Literal["auto", "throughput", "latency"]
 
 # How much longer a stream's gaps may get while somebody's prompt is computed; None: as long as a step can take.
 _STRETCH: dict[str, float | None] = {"auto": 2.4, "throughput": None, "latency": 1.45}
+# So many prompts at a time leave the stretch as it is; k times as many take k times as much of a step.
+_UNHURRIED = 2
 # Tokens beside streams before anything has been measured, and never fewer than: a prompt must get on.
 _FIRST, _LEAST = 64, 4
 _WEIGHT = 0.2   # of a new observation in the averages: steady within about ten steps
@@ -24,14 +27,14 @@ class Pace:
         self._alone: dict[int, float] = {}      # seconds of a step of decoding rows, by the power of two that their number lies below
         self._token: float | None = None        # seconds of one prompt token beside them
 
-    def prompt_tokens(self, decoding: int) -> int | None:
-        """How many prompt tokens may join `decoding` rows; None: no bound but the step's own."""
+    def prompt_tokens(self, decoding: int, prompts: int) -> int | None:
+        """How many tokens of `prompts` that run or wait may join `decoding` rows; None: no bound but the step's own."""
         if self._stretch is None or not decoding:
             return self._max_tokens
         alone = self._seconds(decoding)
         if alone is None or self._token is None:
             return _FIRST
-        allowed = int((self._stretch - 1) * alone / self._token)
+        allowed = int((self._stretch - 1) * max(1, prompts / _UNHURRIED) * alone / self._token)
         return max(_LEAST, allowed if self._max_tokens is None else min(allowed, self._max_tokens))
 
     def observe(self, decoding: int, prompt: int, seconds: float) -> None:

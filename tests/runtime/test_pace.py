@@ -6,13 +6,13 @@ import pytest
 from octavo.runtime.pace import Pace
 
 
-def drive(pace, decoding, prompt, *, alone=0.005, token=0.0002, bound=512):
+def drive(pace, decoding, prompt, *, prompts=1, alone=0.005, token=0.0002, bound=512):
     """The longest and the mean step while a prompt is computed beside streams, seconds, and the steps it took."""
     for _ in range(5):
         pace.observe(decoding, 0, alone)
     times = []
     while prompt > 0:
-        allowed = pace.prompt_tokens(decoding)
+        allowed = pace.prompt_tokens(decoding, prompts)
         count = min(prompt, bound if allowed is None else min(allowed, bound))
         times.append(alone + token * count)
         pace.observe(decoding, count, times[-1])
@@ -31,11 +31,11 @@ def test_gaps_stay_within_the_policy(policy, stretch):
 
 def test_throughput_takes_what_a_step_takes():
     pace = Pace("throughput", 512)
-    assert pace.prompt_tokens(8) == 512 and len(drive(pace, 8, 4096)) == 8
+    assert pace.prompt_tokens(8, 1) == 512 and len(drive(pace, 8, 4096)) == 8
 
 
 def test_without_streams_nothing_is_held_back():
-    assert Pace("latency", 512).prompt_tokens(0) == 512
+    assert Pace("latency", 512).prompt_tokens(0, 1) == 512
 
 
 def test_a_prompt_always_gets_on():
@@ -43,4 +43,14 @@ def test_a_prompt_always_gets_on():
     for _ in range(10):
         pace.observe(4, 0, 1e-6)
         pace.observe(4, 8, 1.0)
-    assert pace.prompt_tokens(4) == 4
+    assert pace.prompt_tokens(4, 1) == 4
+
+
+@pytest.mark.parametrize("policy", ["auto", "latency"])
+def test_prompts_that_queue_are_hurried(policy):
+    """Two change nothing; of more the steps get longer, up to full ones, so that no rate of prompts outruns them that a machine could serve."""
+    shares = []
+    for prompts in (1, 2, 8, 64):
+        times = drive(Pace(policy, 512), 8, 8192, prompts=prompts)[3:]
+        shares.append(1 - 0.005 * len(times) / sum(times))
+    assert shares[0] == shares[1] < shares[2] < shares[3] and shares[3] > 0.9
