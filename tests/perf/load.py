@@ -17,6 +17,7 @@ import json
 import os
 import random
 import threading
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -32,13 +33,13 @@ MAX_SEQUENCES, LONG, LONG_EVERY = 64, 2048, 10.0
 
 @dataclass
 class Watch:
-    """What was seen, by all threads: lists only grow."""
+    """What was seen, by all threads: it only grows, and by little, for memory is one of the things watched."""
 
-    gaps: list[tuple[float, float]] = field(default_factory=list)       # when, seconds
+    gaps: array[float] = field(default_factory=lambda: array("d"))      # when, seconds, when, seconds …
     long: list[tuple[float, float]] = field(default_factory=list)       # from, to: a long prompt being read
     cancels: list[int] = field(default_factory=list)                    # steps from the wish to its end
     memory: list[tuple[float, float]] = field(default_factory=list)     # when, MB resident
-    steps: list[tuple[int, int, float]] = field(default_factory=list)   # sequences, tokens, seconds
+    steps: array[float] = field(default_factory=lambda: array("d"))     # sequences, tokens, seconds, sequences …
     finished: int = 0
     refused: int = 0
     looks: int = 0
@@ -49,7 +50,7 @@ class Watch:
         def watched(plan: Any) -> Any:
             start = perf_counter()
             result = execute(plan)
-            self.steps.append((len(plan.slices), plan.num_tokens, perf_counter() - start))
+            self.steps.extend((len(plan.slices), plan.num_tokens, perf_counter() - start))
             return result
         return watched
 
@@ -94,7 +95,7 @@ def one_request(model: octavo.Model, watch: Watch, seed: int, shared: list[int],
     for index, piece in enumerate(stream):
         now = perf_counter()
         if last:
-            watch.gaps.append((now, now - last))
+            watch.gaps.extend((now, now - last))
         elif long:
             watch.long.append((began, now))
         last = now
@@ -133,7 +134,7 @@ def run(model: octavo.Model, watch: Watch, seconds: float, *, rate: float | None
 
     number = 0
     while (now := perf_counter()) < start + seconds:
-        if rate is None:
+        if rate is None or len(threads) > 4 * MAX_SEQUENCES:
             threads = [thread for thread in threads if thread.is_alive()]
         if now >= next_long:
             next_long += LONG_EVERY
@@ -174,23 +175,25 @@ def appends(model: octavo.Model, threads: int = 16, each: int = 40) -> float:
 
 
 def report(watch: Watch, full_step: float, max_tokens: int) -> dict[str, Any]:
-    beside = [gap for at, gap in watch.gaps if any(begin <= at and at - gap <= end for begin, end in watch.long)]
-    other = [gap for at, gap in watch.gaps if not any(begin <= at and at - gap <= end for begin, end in watch.long)]
-    longest_step = max(seconds for _, _, seconds in watch.steps)
+    ends, gaps = np.array(watch.gaps).reshape(-1, 2).T
+    sequences, tokens, seconds = np.array(watch.steps).reshape(-1, 3).T
+    near = np.zeros(len(gaps), bool)
+    for begin, end in watch.long:
+        near |= (begin <= ends) & (ends - gaps <= end)
     at, mb = np.array(watch.memory).T
     half = len(at) // 2
     slope = float(np.polyfit(at[half:] - at[half], mb[half:], 1)[0]) * 60 if half > 2 else float("nan")
-    figures: dict[str, Any] = {"requests": watch.finished, "refused": watch.refused, "tokens_streamed": len(watch.gaps), "wrong": watch.wrong[:3]}
-    for name, gaps in (("other", other), ("beside_long", beside)):
-        if gaps:
-            figures |= {f"gap_{name}_{label}_ms": round(1e3 * float(np.percentile(gaps, p)), 2) for label, p in (("p50", 50), ("p99", 99))}
+    figures: dict[str, Any] = {"requests": watch.finished, "refused": watch.refused, "tokens_streamed": len(gaps), "wrong": watch.wrong[:3]}
+    for name, found in (("other", gaps[~near]), ("beside_long", gaps[near])):
+        if len(found):
+            figures |= {f"gap_{name}_{label}_ms": round(1e3 * float(np.percentile(found, p)), 2) for label, p in (("p50", 50), ("p99", 99))}
     return figures | {
-        "gap_longest_ms": round(1e3 * max(gap for _, gap in watch.gaps), 1), "step_longest_ms": round(1e3 * longest_step, 1),
+        "gap_longest_ms": round(1e3 * float(gaps.max()), 1), "step_longest_ms": round(1e3 * float(seconds.max()), 1),
         "step_full_ms": round(1e3 * full_step, 1), "long_prompt_s": round(median(b - a for a, b in watch.long), 2) if watch.long else None,
         "looks": watch.looks, "rss_mb": [round(float(mb[0])), round(float(mb[half])), round(float(mb[-1]))], "rss_slope_mb_min": round(slope, 2),
         "cancels": len(watch.cancels), "cancel_p99_steps": float(np.percentile(watch.cancels, 99)) if watch.cancels else None,
-        "most_sequences": max(n for n, _, _ in watch.steps), "most_tokens": max(n for _, n, _ in watch.steps), "max_step_tokens": max_tokens,
-        "steps": len(watch.steps), "sequences_per_step": round(sum(n for n, _, _ in watch.steps) / len(watch.steps), 1),
+        "most_sequences": int(sequences.max()), "most_tokens": int(tokens.max()), "max_step_tokens": max_tokens,
+        "steps": len(seconds), "sequences_per_step": round(float(sequences.mean()), 1),
     }
 
 
@@ -210,7 +213,8 @@ def main() -> None:
         executor = model.engine.executor
         executor.execute = watch.over(executor.execute)  # type: ignore[method-assign]
         one_request(model, Watch(), 1, [], long=True)
-        full = max(seconds for _, tokens, seconds in watch.steps if tokens == options.max_step_tokens)
+        _, tokens, seconds = np.array(watch.steps).reshape(-1, 3).T
+        full = float(seconds[tokens == options.max_step_tokens].max())
         per_step = appends(model)
         capacity = run(model, watch, 10 * args.minutes, rate=None, seed=1)
         watch = Watch()
