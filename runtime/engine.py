@@ -97,7 +97,7 @@ class Engine:
                 self._fail(request, _closed_error())
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Under the turn. Ends requests that nobody waits for any more; an append leaves its sequence as it was."""
+        """Under the turn. Ends requests that nobody waits for any more, queued or not; an append leaves its sequence as it was."""
         for request in requests:
             if not request.done:
                 request.done = True
@@ -275,10 +275,11 @@ class Engine:
     def _retire(self, request: Request, *, undo: bool = False) -> None:
         self._scheduler.remove(request)
         self._timed.discard(request)
-        now = self.clock()
-        if self._last_end is not None:
-            self._seconds_per_request += 0.2 * (now - self._last_end - self._seconds_per_request)
-        self._last_end = now
+        if request.arrival >= 0:    # else it was never queued
+            now = self.clock()
+            if self._last_end is not None:
+                self._seconds_per_request += 0.2 * (now - self._last_end - self._seconds_per_request)
+            self._last_end = now
         if request.sequence.cache is None:
             return      # its sequence was dropped together with it
         if isinstance(request, GenerateRequest) and request.generation.owns_sequence:

@@ -26,11 +26,11 @@ from .executor import Executor, step_error
 from .named import NamedSessions
 from .pace import Policy
 from .plan import SequenceState
-from .prompt import as_prompts, check_ids, encode_prompt
+from .prompt import as_prompts, encode_prompt
 from .request import GenerateRequest, Generation
 from .results import Result
 from .sampling import SamplingParams
-from .session import Session, append, check_length, check_priority, check_salt
+from .session import Session, check_length, check_priority, check_salt
 from .stream import PieceStream
 from .text import TextStream
 from .tokenizer import Tokenizer
@@ -103,16 +103,8 @@ class Model:
 
     def predict(self, token_ids: Ids) -> NDArray[np.float32]:
         """Logits (S, V) of `token_ids`, from nothing and leaving nothing behind."""
-        engine = self.engine
-        ids = check_ids(token_ids, engine.executor.vocab_size)
-        with engine.turn:
-            engine.collect_dropped()
-            state = engine.executor.open()
-        try:
-            return append(engine, [(state, ids)], "all")[0]
-        finally:
-            with engine.turn:
-                engine.release(state)
+        with self.begin_session() as session:
+            return session.new_sequence().append(token_ids, rows="all")
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """The graph's own inputs to its own outputs, by name. UnsupportedError where compiling has replaced them (kind "paged")."""
@@ -261,25 +253,22 @@ class Model:
         end = None if deadline is None else engine.clock() + deadline
         generations = [self._generation(ids, params, owns=state is None, streamed=streamed, deadline=end) for ids, state in work]
         texts = [None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop_strings) for ids, _ in work]
-        with engine.turn:
-            engine.collect_dropped()
-            for (ids, state), generation, text in zip(work, generations, texts):
-                if state is None:
-                    state = engine.executor.open(salt)
-                    state.priority = priority
-                    state.tokens.extend(ids)
-                else:
-                    # The last token's logits are needed again: computing one row anew costs less than keeping V floats per sequence.
-                    engine.executor.truncate(state, len(ids) - 1)
-                generation.requests.append(GenerateRequest(state, generation, 0, text))
-            requests = [generation.requests[0] for generation in generations]
-            try:
-                engine.submit(requests)
-            except BaseException:
-                for request in requests:
-                    if request.generation.owns_sequence:
-                        engine.release(request.sequence)
-                raise
+        try:
+            with engine.turn:
+                engine.collect_dropped()
+                for (ids, state), generation, text in zip(work, generations, texts):
+                    if state is None:
+                        state = engine.executor.open(salt)
+                        state.priority = priority
+                        state.tokens.extend(ids)
+                    else:
+                        # The last token's logits are needed again: computing one row anew costs less than keeping V floats per sequence.
+                        engine.executor.truncate(state, len(ids) - 1)
+                    generation.requests.append(GenerateRequest(state, generation, 0, text))
+                engine.submit([generation.requests[0] for generation in generations])
+        except BaseException:
+            engine.cancel_soon([request for generation in generations for request in generation.requests])
+            raise
         return generations
 
     def _generation(self, ids: list[int], params: SamplingParams, *, owns: bool, streamed: bool, deadline: float | None) -> Generation:

@@ -73,7 +73,7 @@ class Session:
             engine.collect_dropped()
             state = engine.executor.open(salt)
             state.priority = priority
-        return self._adopt(state)
+            return self._adopt(state)
 
     def restore(self, path: str | os.PathLike[str]) -> Sequence:
         """The sequence that `Sequence.save` wrote to the file `path`, with the same bits. What is not cached there is computed with the next append.
@@ -97,7 +97,7 @@ class Session:
             except BaseException:
                 engine.release(state)
                 raise
-        return self._adopt(state)
+            return self._adopt(state)
 
     def append_batch(self, work: Iterable[tuple[Sequence, Ids]], *, rows: Rows = "last") -> list[Logits]:
         """Appends to several different sequences, in shared steps where the kind can. All of them or none (but see StepError).
@@ -201,7 +201,7 @@ class Sequence:
             with engine.turn:
                 state = engine.fork(self._state)
                 engine.rest(state)
-            return self._session._adopt(state)
+                return self._session._adopt(state)
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens; RequestError where there are fewer."""
@@ -223,17 +223,27 @@ class Sequence:
         deadline: seconds from now; what has not ended then ends with finish_reason "error".
         """
         with self._held():
+            engine = self._model.engine
             generation = self._model.begin_generation(self._state, self._params(params), deadline, streamed=False)
-            self._model.engine.run(generation.requests, lambda: generation.done)
-            return generation.result()
+            try:
+                engine.run(generation.requests, lambda: generation.done)
+                return generation.result()
+            except BaseException:
+                engine.cancel_soon(generation.requests)
+                raise
 
     def stream(self, params: SamplingParams | None = None, *, deadline: float | None = None) -> PieceStream:
         """Like `generate`, piece by piece. Until the stream has ended or is closed, the sequence can do nothing else."""
         with self._held():
+            engine = self._model.engine
             generation = self._model.begin_generation(self._state, self._params(params), deadline, streamed=True)
-            stream = PieceStream(self._model.engine, generation, owner=self)
-            self._stream = weakref.ref(stream)
-            return stream
+            try:
+                stream = PieceStream(engine, generation, owner=self)
+                self._stream = weakref.ref(stream)
+                return stream
+            except BaseException:
+                engine.cancel_soon(generation.requests)
+                raise
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokens and cache to the file `path`, in one go: it is as it was where that fails (SavedSequenceError)."""
@@ -302,16 +312,15 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
         AppendRequest(state, len(state.tokens) + (0 if rows == "all" else len(ids) - 1), length_before=len(state.tokens))
         for state, ids in checked
     ]
-    with engine.turn:
-        for state, ids in checked:
-            state.tokens.extend(ids)
-        try:
+    try:
+        with engine.turn:
+            for state, ids in checked:
+                state.tokens.extend(ids)
             engine.submit(requests)
-        except BaseException:
-            for request in requests:
-                del request.sequence.tokens[request.length_before :]
-            raise
-    engine.run(requests)
+        engine.run(requests)
+    except BaseException:
+        engine.cancel_soon(requests)    # refused or interrupted, even before they were queued
+        raise
     for request in requests:
         if request.error is not None:
             raise request.error

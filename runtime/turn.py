@@ -6,15 +6,19 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from .interrupts import Interrupts
+
 
 class Turn:
     """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant.
 
     There are two queues: who only submits, cancels or reads goes before those who want a step, for the next step may be the one that serves it.
+    Who has the turn is not interrupted: a signal's handler runs when it is given back, so that nothing is left half done, the turn itself included.
     """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
+        self._interrupts = Interrupts()
         self._held = False
         self._calls: deque[_Waiter] = deque()       # who want no step
         self._waiting: deque[_Waiter] = deque()
@@ -30,6 +34,7 @@ class Turn:
         With `ready` the caller wants steps until it is true. It is asked by whoever gives the turn back: who wants nothing more need not wait
         behind those who do.
         """
+        self._interrupts.hold()
         with self._mutex:
             if not self._held:
                 self._held = True
@@ -38,15 +43,21 @@ class Turn:
             queue = self._calls if ready is None else self._waiting
             queue.append(waiter)
         try:
+            self._interrupts.let_go()
             waiter.gate.acquire()
+            self._interrupts.hold()
         except BaseException:
+            self._interrupts.hold()
             with self._mutex:
-                waited = waiter in queue
-                if waited:
+                if waiter in queue:
                     queue.remove(waiter)
-            if not waited and waiter.has_turn:
+            if waiter.has_turn:
                 self.give()
+            else:
+                self._interrupts.let_go()
             raise
+        if not waiter.has_turn:
+            self._interrupts.let_go()
         return waiter.has_turn
 
     def give(self) -> None:
@@ -63,6 +74,7 @@ class Turn:
                 queue.popleft().gate.release()
             else:
                 self._held = False
+        self._interrupts.let_go()
 
     def __enter__(self) -> None:
         self.take()
