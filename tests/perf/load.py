@@ -6,13 +6,14 @@ A thread for each request, at most 64 sequences in a step. Prompts of 16 to 1,02
 greedy or drawn; one in eight is cancelled on its way, by closing its stream, or by dropping it. Every ten seconds a prompt of 2,048 comes in.
 *Capacity* is requests per second with 64 at a time, long prompts among them, over a sixth of the minutes. Printed: gaps between a stream's
 tokens, beside a long prompt and not; the longest against the longest step and a step that is full; blocks (`free + cached + used == total` at
-each look, ten a second, and all invariants once a second); resident memory over time; cancels in steps; sequences and tokens of the largest
-step; appends of 16 threads per step.
+each look, ten a second, and all invariants once a second); resident memory over time, with what malloc holds though it was freed; cancels
+in steps; sequences and tokens of the largest step; appends of 16 threads per step.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -26,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import octavo
+from numpy.typing import NDArray
+from octavo.runtime.paged import PagedExecutor
 from octavo.runtime.stream import PieceStream
 
 MAX_SEQUENCES, LONG, LONG_EVERY = 64, 2048, 10.0
@@ -38,12 +41,16 @@ class Watch:
     gaps: array[float] = field(default_factory=lambda: array("d"))      # when, seconds, when, seconds …
     long: list[tuple[float, float]] = field(default_factory=list)       # from, to: a long prompt being read
     cancels: list[int] = field(default_factory=list)                    # steps from the wish to its end
-    memory: list[tuple[float, float]] = field(default_factory=list)     # when, MB resident
+    memory: array[float] = field(default_factory=lambda: array("d"))    # when, MB: resident, freed but held, these figures; when …
     steps: array[float] = field(default_factory=lambda: array("d"))     # sequences, tokens, seconds, sequences …
     finished: int = 0
     refused: int = 0
     looks: int = 0
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def own_mb(self) -> float:
+        return 8e-6 * (len(self.gaps) + len(self.steps) + len(self.memory))
 
     def over(self, execute: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """`execute`, watched."""
@@ -60,6 +67,30 @@ def resident_mb() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, summed over its arenas; `fordblks` are the bytes of free chunks."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]
+
+
+def held_mb() -> float:
+    """MB that were freed and that malloc keeps for later: an arena for each of several threads has its own. NaN where the C library doesn't tell."""
+    call = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if call is None:
+        return float("nan")
+    call.restype = _MallInfo
+    return float(call().fordblks) / 1e6
+
+
+def touch_pool(executor: Any) -> None:
+    """Writes every page of the caches, which the system gives at the first write: what grows after that is something else."""
+    if isinstance(executor, PagedExecutor):
+        for cache in (*executor._store.keys, *executor._store.values):
+            cache.fill(0)
+
+
 def monitor(model: octavo.Model, watch: Watch, stop: threading.Event) -> None:
     while not stop.wait(0.1):
         stats = model.stats()
@@ -67,7 +98,7 @@ def monitor(model: octavo.Model, watch: Watch, stop: threading.Event) -> None:
         if stats["blocks_free"] + stats["blocks_cached"] + stats["blocks_used"] != stats["blocks_total"]:
             watch.wrong.append(f"blocks: {stats}")
         if watch.looks % 10 == 0:
-            watch.memory.append((perf_counter(), resident_mb()))
+            watch.memory.extend((perf_counter(), resident_mb(), held_mb(), watch.own_mb))
             try:
                 with model.engine.turn:
                     model.engine.check()
@@ -180,9 +211,13 @@ def report(watch: Watch, full_step: float, max_tokens: int) -> dict[str, Any]:
     near = np.zeros(len(gaps), bool)
     for begin, end in watch.long:
         near |= (begin <= ends) & (ends - gaps <= end)
-    at, mb = np.array(watch.memory).T
+    at, mb, held, own = np.array(watch.memory).reshape(-1, 4).T
     half = len(at) // 2
-    slope = float(np.polyfit(at[half:] - at[half], mb[half:], 1)[0]) * 60 if half > 2 else float("nan")
+
+    def slope(series: NDArray[np.float64]) -> float:
+        """MB a minute, over the second half."""
+        return round(float(np.polyfit(at[half:] - at[half], series[half:], 1)[0]) * 60, 2) if half > 2 else float("nan")
+
     figures: dict[str, Any] = {"requests": watch.finished, "refused": watch.refused, "tokens_streamed": len(gaps), "wrong": watch.wrong[:3]}
     for name, found in (("other", gaps[~near]), ("beside_long", gaps[near])):
         if len(found):
@@ -190,7 +225,8 @@ def report(watch: Watch, full_step: float, max_tokens: int) -> dict[str, Any]:
     return figures | {
         "gap_longest_ms": round(1e3 * float(gaps.max()), 1), "step_longest_ms": round(1e3 * float(seconds.max()), 1),
         "step_full_ms": round(1e3 * full_step, 1), "long_prompt_s": round(median(b - a for a, b in watch.long), 2) if watch.long else None,
-        "looks": watch.looks, "rss_mb": [round(float(mb[0])), round(float(mb[half])), round(float(mb[-1]))], "rss_slope_mb_min": round(slope, 2),
+        "looks": watch.looks, "rss_mb": [round(float(mb[i]), 1) for i in (0, half, -1)], "rss_slope_mb_min": slope(mb),
+        "held_mb": [round(float(held[i]), 1) for i in (0, half, -1)], "rss_less_held_and_own_slope_mb_min": slope(mb - held - own),
         "cancels": len(watch.cancels), "cancel_p99_steps": float(np.percentile(watch.cancels, 99)) if watch.cancels else None,
         "most_sequences": int(sequences.max()), "most_tokens": int(tokens.max()), "max_step_tokens": max_tokens,
         "steps": len(seconds), "sequences_per_step": round(float(sequences.mean()), 1),
@@ -211,6 +247,7 @@ def main() -> None:
         model.tokenizer = None
         watch = Watch()
         executor = model.engine.executor
+        touch_pool(executor)
         executor.execute = watch.over(executor.execute)  # type: ignore[method-assign]
         one_request(model, Watch(), 1, [], long=True)
         _, tokens, seconds = np.array(watch.steps).reshape(-1, 3).T
@@ -234,7 +271,7 @@ def main() -> None:
         print(json.dumps(figures))
     else:
         for name, value in figures.items():
-            print(f"{name:24} {value}")
+            print(f"{name:34} {value}")
 
 
 if __name__ == "__main__":
