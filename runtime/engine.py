@@ -64,6 +64,10 @@ class Engine:
         finally:
             self.turn.give()
 
+    def let_the_overdue_in(self) -> None:
+        """Before an append: steps for who has waited too long already, or one append after the other would keep it out for ever."""
+        self.run((), lambda: not self._scheduler.overdue_waits)
+
     def submit(self, requests: Iterable[Request]) -> None:
         """Under the turn. Queues requests, all or none.
 

@@ -4,7 +4,7 @@ Higher priority first, and within one first come, first served; but who has wait
 priority, so that nobody starves. A request is admitted when the memory for all tokens it has so far is promised; then every step takes one token of each
 decoding request and fills what is left of the token budget with prompts, in chunks. Where memory runs out, sequences that nobody is computing
 give up what they have cached, then the last in that order gives its cache back and waits; it is copied back or computed again later. An `append` is
-never put off that way: what it needs was promised at once.
+never put off that way: what it needs was promised at once. It overtakes like any other, and takes nothing from who is overdue.
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ class Scheduler(Generic[R]):
         return [*self._running, *self._waiting]
 
     @property
+    def overdue_waits(self) -> bool:
+        """Somebody is overdue, and the next steps will admit it: who can't be put off later does not come in before. Any thread may ask."""
+        first = next(iter(self._waiting), None)
+        return first is not None and first.overdue and not (self._running and all(request.overdue for request in self._running))
+
+    @property
     def num_decoding(self) -> int:
         """Rows of the next step that go on with a sequence, token by token."""
         return min(sum(map(_decodes, self._running)), self.limits.max_sequences)
@@ -100,6 +106,7 @@ class Scheduler(Generic[R]):
         """Queues a request. `admitted`: its memory is there already (an append's promise, a fork's shared blocks)."""
         self._arrivals += 1
         request.arrival, request.last_turn, request.overdue = self._arrivals, self._turn, False
+        self._overtakings += bool(self._waiting) and not request.preemptable
         insort(self._running if admitted else self._waiting, request, key=_rank)
 
     def remove(self, request: R) -> None:
@@ -112,13 +119,14 @@ class Scheduler(Generic[R]):
     def make_room(self, request: R, stop: int) -> bool:
         """Promises `request` the memory for `stop` tokens, at the cost of idle sequences, then of those that come after it.
 
-        Of any of its priority or below, if it is not running.
+        Of any of its priority or below that is not overdue, if it is not running.
         """
         while not self._reserve(request, stop):
             if self._free_memory(request):
                 continue
             after = self._running[self._running.index(request) + 1 :] if request in self._running else self._running
-            victim = next((r for r in reversed(after) if r.preemptable and (request.overdue or r.priority <= request.priority)), None)
+            lesser = (r for r in reversed(after) if r.preemptable and (request.overdue or (not r.overdue and r.priority <= request.priority)))
+            victim = next(lesser, None)
             if victim is None:
                 return False
             self._preempt(victim)

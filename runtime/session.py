@@ -312,6 +312,7 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
         AppendRequest(state, len(state.tokens) + (0 if rows == "all" else len(ids) - 1), length_before=len(state.tokens))
         for state, ids in checked
     ]
+    engine.let_the_overdue_in()
     try:
         with engine.turn:
             for state, ids in checked:

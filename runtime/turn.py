@@ -12,7 +12,8 @@ from .interrupts import Interrupts
 class Turn:
     """A lock that is handed on in order of arrival, so that a thread that steps in a loop can't keep others out. Not reentrant.
 
-    There are two queues: who only submits, cancels or reads goes before those who want a step, for the next step may be the one that serves it.
+    There are two queues: who only submits, cancels or reads goes before those who want a step, for the next step may be the one that serves it; but
+    who comes after the last step's end not before the next step's, or a few that ask all the time would keep everybody's steps from being run.
     Who has the turn is not interrupted: a signal's handler runs when it is given back, so that nothing is left half done, the turn itself included.
     """
 
@@ -21,6 +22,7 @@ class Turn:
         self._interrupts = Interrupts()
         self._held = False
         self._calls: deque[_Waiter] = deque()       # who want no step
+        self._first: int | None = None              # so many of them go before the next step; None: all that are there when the turn is given back
         self._waiting: deque[_Waiter] = deque()
 
     @property
@@ -38,6 +40,8 @@ class Turn:
         with self._mutex:
             if not self._held:
                 self._held = True
+                if ready is not None:
+                    self._first = None
                 return True
             waiter = _Waiter(ready)
             queue = self._calls if ready is None else self._waiting
@@ -69,7 +73,13 @@ class Turn:
                     waiter.gate.release()
                 else:
                     self._waiting.append(waiter)
-            if queue := self._calls or self._waiting:
+            if self._first is None:
+                self._first = len(self._calls)
+            if self._calls and (self._first or not self._waiting):
+                queue, self._first = self._calls, max(0, self._first - 1)
+            else:
+                queue, self._first = self._waiting, None
+            if queue:
                 queue[0].has_turn = True
                 queue.popleft().gate.release()
             else:

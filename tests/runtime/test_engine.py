@@ -470,3 +470,19 @@ def test_the_best_of_several_completions(paged):
     for wrong in (1, 129, True, 1.0):
         with pytest.raises(octavo.errors.OptionError):
             octavo.SamplingParams(n=2, best_of=wrong)
+
+
+def test_appends_one_after_the_other_keep_no_generation_out(tools, paths, op_library):
+    """Each needs the memory that the generation has. It is put off for some; then it goes next, and they find no room until it has ended."""
+    params = octavo.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    with tools.small_paged(paths, 10, max_step_tokens=16) as model:
+        expected = model.generate([[7] * 60], params)[0].completions[0].token_ids
+        stream, session = model.stream([7] * 60, params), model.begin_session()
+        overtook = 0
+        with pytest.raises(CapacityError, match="no room"):
+            for overtook in range(100):
+                session.new_sequence().append([9, overtook] * 64)
+        assert 10 < overtook < 20
+        assert tuple(token for piece in stream for token in piece.token_ids) == expected
+        assert len(session.new_sequence().append([9] * 128)) == 1
+        tools.check_idle(model)

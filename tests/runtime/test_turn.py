@@ -82,6 +82,34 @@ def test_who_wants_no_step_waits_for_one_alone():
     assert order == ["submit", "cancel", "a", "b"]
 
 
+def test_who_asks_all_the_time_keeps_no_step_from_being_run():
+    """One call after the other, each there before the last has ended: what came after the last step waits for the next."""
+    turn, order = Turn(), list[str]()
+
+    def step() -> None:
+        turn.take(lambda: False)
+        order.append("step")
+        turn.give()
+
+    def call(number: int) -> None:
+        with turn:
+            order.append(f"call {number}")
+            if number:
+                threads.append(threading.Thread(target=call, args=(number - 1,)))
+                threads[-1].start()
+                waiting(turn, 1 if "step" in order else 2)
+
+    threads = [threading.Thread(target=step), threading.Thread(target=call, args=(3,))]
+    turn.take()
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        waiting(turn, count)
+    turn.give()
+    for thread in threads:      # it grows
+        thread.join(10)
+    assert order == ["call 3", "step", "call 2", "call 1", "call 0"]
+
+
 def test_one_who_is_interrupted_while_waiting_leaves_the_queue(monkeypatch):
     turn = Turn()
     turn.take()
