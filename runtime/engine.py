@@ -190,11 +190,12 @@ class Engine:
         if not plan.slices:
             return
         try:
-            start = self.clock()
+            began = self.clock()
             outcomes: Sequence[Logits | OctavoError] = self.executor.execute(plan)
-            decoding = sum(part.start > 0 and part.stop - part.start == 1 for part in plan.slices)
-            self._pace.observe(decoding, plan.num_tokens - decoding, self.clock() - start)
-            self.counters.update(steps=1, tokens=plan.num_tokens)
+            decoding = sum([start > 0 and stop - start == 1 for _, start, stop, _ in plan.slices])
+            self._pace.observe(decoding, plan.num_tokens - decoding, self.clock() - began)
+            self.counters["steps"] += 1
+            self.counters["tokens"] += plan.num_tokens
         except OctavoError as error:
             self._record(error, plan)
             if len(plan.slices) > 1:
@@ -219,7 +220,9 @@ class Engine:
                 del unread[request]
                 continue
             if isinstance(request, GenerateRequest) and request.num_pending == 0:
-                work += [(twin, part, outcome[-1]) for twin in (*self._forks(request, part, unread), request)]
+                if request.forks_wanted:
+                    work += [(fork, part, outcome[-1]) for fork in self._forks(request, part, unread)]
+                work.append((request, part, outcome[-1]))
                 continue
             del unread[request]
             if request.done:

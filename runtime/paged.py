@@ -7,8 +7,8 @@ and value go, `block_table.{g}[b]` where the keys it sees lie (docs/reference/gr
 from __future__ import annotations
 
 from collections import Counter
-from itertools import accumulate
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
@@ -44,21 +44,27 @@ class PagedExecutor:
         self._feed = _Feed(session, spec, self._store, self.limits, block_size)
         self._block_size, self._layout = block_size, f"paged/{CACHE_LAYOUT}/{block_size}"
         self._num_open = 0
+        self._live: WeakSet[SequenceState] = WeakSet()      # for `check`
         self._counters: Counter[str] = Counter()
 
     def open(self, scope: str | None = None) -> SequenceState:
-        self._num_open += 1
-        return SequenceState([], self._tables.open(scope), scope=scope)
+        return self._opened(SequenceState([], self._tables.open(scope), scope=scope))
 
     def fork(self, sequence: SequenceState) -> SequenceState:
-        self._num_open += 1
+        sequence.room = 0
         blocks = self._tables.fork(_blocks(sequence), sequence.num_cached)
         self._swap.share(_blocks(sequence), blocks)
-        return SequenceState(list(sequence.tokens), blocks, sequence.num_cached, sequence.scope)
+        return self._opened(SequenceState(list(sequence.tokens), blocks, sequence.num_cached, sequence.scope))
+
+    def _opened(self, sequence: SequenceState) -> SequenceState:
+        self._num_open += 1
+        self._live.add(sequence)
+        return sequence
 
     def truncate(self, sequence: SequenceState, length: int) -> None:
         blocks = _blocks(sequence)
         wanted, wanted_aside = min(sequence.num_cached, length), min(self._swap.length(blocks), length)
+        sequence.room = 0
         sequence.num_cached = self._tables.truncate(blocks, wanted)
         self._counters["recomputed"] += wanted - sequence.num_cached + wanted_aside - self._swap.truncate(blocks, length)
 
@@ -66,7 +72,7 @@ class PagedExecutor:
         self._num_open -= 1
         self._swap.truncate(_blocks(sequence), 0)
         self._tables.close(_blocks(sequence))
-        sequence.num_cached = 0
+        sequence.num_cached = sequence.room = 0
 
     def adopt(self, sequence: SequenceState, limit: int) -> None:
         assert sequence.num_cached == 0
@@ -76,6 +82,7 @@ class PagedExecutor:
 
     def disown(self, sequence: SequenceState) -> None:
         sequence.num_cached = self._tables.truncate(_blocks(sequence), 0)
+        sequence.room = 0
 
     def put_aside(self, sequence: SequenceState) -> None:
         if sequence.num_cached:
@@ -121,8 +128,9 @@ class PagedExecutor:
 
     def execute(self, plan: StepPlan) -> list[Logits]:
         extensions: list[Extension] = []
+        growing = [part for part in plan.slices if part.stop > part.sequence.room]     # of streams, few
         try:
-            for part in plan.slices:
+            for part in growing:
                 extensions.append(self._tables.extend(_blocks(part.sequence), part.start, part.stop))
             if copies := [copy for extension in extensions for copy in extension.copies]:
                 self._store.copy(copies)
@@ -134,12 +142,17 @@ class PagedExecutor:
             if isinstance(error, Exception):
                 raise step_error(error) from error
             raise
-        for part, extension in zip(plan.slices, extensions):
+        for extension in extensions:
             self._tables.commit(extension)
-            part.sequence.num_cached = part.stop
+        rows, end = [], 0
+        for sequence, _, stop, first_row in plan.slices:
+            sequence.num_cached = stop
+            begin, end = end, end + stop - first_row
+            rows.append(logits[begin:end])
+        for part in growing:
             self._tables.settle(_blocks(part.sequence), part.sequence.tokens, part.stop)
-        ends = accumulate(part.num_rows for part in plan.slices)
-        return [logits[end - part.num_rows : end] for part, end in zip(plan.slices, ends)]
+            part.sequence.room = self._tables.room(_blocks(part.sequence), part.stop)
+        return rows
 
     def stats(self) -> dict[str, int]:
         pools = self._tables.pools
@@ -165,6 +178,9 @@ class PagedExecutor:
     def check(self) -> None:
         self._tables.check()
         self._swap.check()
+        for sequence in self._live:
+            roomy = range(sequence.num_cached, sequence.room)
+            assert all(self._tables.can_write(_blocks(sequence), position) for position in roomy), "a sequence has room in blocks that are not its own"
 
 
 def _blocks(sequence: SequenceState) -> SequenceBlocks:
@@ -214,7 +230,7 @@ class _Feed:
         else:
             self._fill_any(plan)
         for group in self._groups:
-            self._put_table([_blocks(part.sequence).tables[group] for part in plan.slices], group)
+            self._put_table([part.sequence.cache.tables[group] for part in plan.slices], group)
 
     def _fill_decode(self, plan: StepPlan) -> None:
         """One token of each sequence: what most steps are, and in a list NumPy would take longer than the loop."""
@@ -229,7 +245,7 @@ class _Feed:
             self._put("logit_rows", np.arange(B), (B,))
             self._decoding = B
         for group in self._groups:
-            slots = [_blocks(part.sequence).tables[group][part.start // P] * P + part.start % P for part in plan.slices]
+            slots = [part.sequence.cache.tables[group][at // P] * P + at % P for part, at in zip(plan.slices, positions)]
             self._put(f"slot_mapping.{group}", slots, (B,))
 
     def _fill_any(self, plan: StepPlan) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 @dataclass(eq=False)
@@ -12,7 +11,7 @@ class SequenceState:
     """A growing sequence. tokens[:num_cached] have their keys and values in `cache`, tokens[num_cached:] are still to be computed.
 
     Work on a sequence of higher `priority` comes first. Sequences of one `scope` may share what is cached. `cache` belongs to the executor that
-    opened it; only that executor changes `cache` and `num_cached`.
+    opened it; only that executor changes `cache`, `num_cached` and `room`: up to so many tokens no memory need be reserved.
     """
 
     tokens: list[int]
@@ -20,19 +19,16 @@ class SequenceState:
     num_cached: int = 0
     scope: str | None = None
     priority: int = 0
+    room: int = 0
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Positions [start, stop) of one sequence; start == sequence.num_cached. Logits are wanted for [first_row, stop): none where equal."""
 
     sequence: SequenceState
     start: int
     stop: int
     first_row: int
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.start <= self.first_row <= self.stop <= len(self.sequence.tokens) and self.start < self.stop
 
     @property
     def num_rows(self) -> int:
@@ -44,14 +40,17 @@ class StepPlan:
     """Slices of different sequences, in order of their rows."""
 
     slices: tuple[Slice, ...]
+    num_tokens: int = field(init=False)
+    num_rows: int = field(init=False)
 
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(s.stop - s.start for s in self.slices)
-
-    @cached_property
-    def num_rows(self) -> int:
-        return sum(s.num_rows for s in self.slices)
+    def __post_init__(self) -> None:
+        tokens = rows = 0
+        for sequence, start, stop, first_row in self.slices:
+            assert 0 <= start <= first_row <= stop <= len(sequence.tokens) and start < stop
+            tokens += stop - start
+            rows += stop - first_row
+        object.__setattr__(self, "num_tokens", tokens)
+        object.__setattr__(self, "num_rows", rows)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..custom_ops import sampling
-from ..custom_ops.native import FINE, IS_NAN, NOTHING_IS_FINITE, SampleRow, SampleRows, library_error
+from ..custom_ops.native import FINE, IS_NAN, NOTHING_IS_FINITE, SampleRow, SampleRows, address_of, library_error
 from .decisions import DecisionLog
 from .results import TokenLogprob
 from .sampling import SamplingParams
@@ -39,8 +40,9 @@ class Draw:
         self.row.bias_ids, self.row.bias, self.row.num_bias = self._bias_ids.ctypes.data, self._bias.ctypes.data, len(bias)
         self.row.banned = self._banned_ids.ctypes.data
         self._places: dict[int, int] = {}
-        self._seen = self._counts = np.zeros(0, np.int32)
-        if params.penalizes:
+        self._seen = self._counts = array("i")
+        self._penalizes = params.penalizes
+        if self._penalizes:
             for token in prompt:
                 self._see(token)
         self._ban()
@@ -56,16 +58,16 @@ class Draw:
     @property
     def logprob(self) -> TokenLogprob | None:
         """Where params.logprobs or best_of asks for it."""
-        return None if self.row.logprobs < 0 else _logprob(self.row)
+        return None if self.row.logprobs < 0 else TokenLogprob(*self.row.measured())
 
     def add(self, token: int) -> None:
         """`token` is the completion's next."""
         self.output.append(token)
         self.row.index = len(self.output)
-        if self.params.penalizes:
+        if self._penalizes:
             place = self._see(token)    # which may make a longer array
             self._counts[place] += 1
-        if self._banned_ids.size:
+        if self.banned:
             self._ban()
 
     def _ban(self) -> None:
@@ -75,9 +77,9 @@ class Draw:
         """The place of `token` among those seen."""
         place = self._places.setdefault(token, len(self._places))
         if place == len(self._seen):
-            more = max(64, place)
-            self._seen, self._counts = (np.concatenate([old, np.zeros(more, np.int32)]) for old in (self._seen, self._counts))
-            self.row.seen, self.row.counts = self._seen.ctypes.data, self._counts.ctypes.data
+            more = array("i", bytes(4 * max(64, place)))
+            self._seen, self._counts = self._seen + more, self._counts + more
+            self.row.seen, self.row.counts = self._seen.buffer_info()[0], self._counts.buffer_info()[0]
         self._seen[place] = token
         self.row.num_seen = len(self._places)
         return place
@@ -101,13 +103,13 @@ class NativeSampler:
 
     def choose(self, work: Sequence[tuple[Draw, Row]]) -> None:
         for draw, row in work:
-            draw.row.logits = row.__array_interface__["data"][0]     # a fifth of what row.ctypes takes
+            draw.row.logits = address_of(row)
         self._rows([draw.row for draw, _ in work])
 
     def measure(self, row: Row, token: int, k: int) -> TokenLogprob:
         asked = SampleRow(logits=row.ctypes.data, top_p=1.0, given=token, logprobs=k)
         self._rows([asked])
-        return _logprob(asked) if asked.status == FINE else TokenLogprob(token, math.nan, 0)
+        return TokenLogprob(*asked.measured()) if asked.status == FINE else TokenLogprob(token, math.nan, 0)
 
 
 class ReferenceSampler:
@@ -141,8 +143,3 @@ def open_sampler(vocab_size: int, log: DecisionLog) -> Sampler:
         log.load("sampling", "NumPy", f"the native function can't be called: {error.message}")
         return ReferenceSampler()
     return NativeSampler(vocab_size)
-
-
-def _logprob(row: SampleRow) -> TokenLogprob:
-    k = row.num_top
-    return TokenLogprob(row.token, row.logprob, row.rank, tuple(zip(row.top_ids[:k], row.top_logprobs[:k])))

@@ -135,29 +135,36 @@ class Scheduler(Generic[R]):
     def schedule(self, prompt_tokens: int | None = None) -> Schedule[R]:
         """`prompt_tokens`: how many tokens of prompts may join rows that decode; None: as many as the step takes."""
         starved = self._admit()
+        preemptions = self.num_preemptions
         chosen: list[tuple[R, int]] = []
         budget = self.limits.max_tokens
         for request in self._by_turn():
             if len(chosen) == self.limits.max_sequences or budget == 0:
                 break
-            if request not in self._running:
+            if self.num_preemptions > preemptions and request not in self._running:
                 continue    # preempted by one of those before
             if prompt_tokens is not None and not _decodes(request):
                 budget = prompt_tokens if budget is None else min(budget, prompt_tokens)
                 prompt_tokens = None
-            if not self.make_room(request, len(request.sequence.tokens)):
+            length = len(request.sequence.tokens)
+            if length > request.sequence.room and not self.make_room(request, length):
                 starved += self._put_off(request)
                 continue
-            count = request.num_pending if budget is None else min(request.num_pending, budget)
-            budget = None if budget is None else budget - count
+            count = request.num_pending
+            if budget is not None:
+                count = min(count, budget)
+                budget -= count
             chosen.append((request, count))
-        # Memory for a later one may have been taken from an earlier one that ranks below it.
-        kept = [(request, _slice(request, count)) for request, count in chosen if request in self._running]
-        for request, _ in kept:
+        if self.num_preemptions > preemptions:
+            # Memory for a later one may have been taken from an earlier one that ranks below it.
+            chosen = [(request, count) for request, count in chosen if request in self._running]
+        self._prompt_last = bool(chosen) and not _decodes(chosen[-1][0])
+        slices = []
+        for request, count in chosen:
             self._turn += 1
             request.last_turn = self._turn
-        self._prompt_last = bool(kept) and not _decodes(kept[-1][0])
-        return Schedule(tuple(r for r, _ in kept), StepPlan(tuple(s for _, s in kept)), tuple(starved))
+            slices.append(_slice(request, count))
+        return Schedule(tuple([request for request, _ in chosen]), StepPlan(tuple(slices)), tuple(starved))
 
     def _by_turn(self) -> list[R]:
         """Running requests in the order in which they are served: decoding ones first, so that no prompt stalls a stream; among them the one
@@ -165,8 +172,11 @@ class Scheduler(Generic[R]):
         """
         bound = self.limits
         places = bound.max_sequences if bound.max_tokens is None else min(bound.max_sequences, bound.max_tokens)
-        prompts = [request for request in self._running if not _decodes(request)]
-        decoding = sorted(filter(_decodes, self._running), key=lambda r: r.last_turn - _HEAD_START * places * r.priority)
+        prompts: list[R] = []
+        decoding: list[R] = []
+        for request in self._running:
+            (decoding if _decodes(request) else prompts).append(request)
+        decoding.sort(key=lambda r: r.last_turn - _HEAD_START * places * r.priority)
         if prompts and len(decoding) >= places and not (places == 1 and self._prompt_last):
             decoding.insert(places - 1, prompts.pop(0))
         return decoding + prompts
@@ -259,5 +269,8 @@ def _rank(request: Schedulable) -> tuple[bool, int, int]:
 
 
 def _slice(request: Schedulable, count: int) -> Slice:
-    start = request.sequence.num_cached
-    return Slice(request.sequence, start, start + count, min(max(start, request.first_row), start + count))
+    sequence = request.sequence
+    start = sequence.num_cached
+    stop = start + count
+    first_row = request.first_row
+    return Slice(sequence, start, stop, start if first_row <= start else min(first_row, stop))

@@ -155,12 +155,18 @@ class BlockTables:
 
     def _within(self, blocks: SequenceBlocks, start: int, stop: int) -> bool:
         """Whether nothing is promised, and positions [start, stop) lie in one block of each group that can be written as it is: most steps of a stream."""
-        index = start // self.block_size
-        if index != (stop - 1) // self.block_size or any(blocks.reserved):
-            return False
+        return start // self.block_size == (stop - 1) // self.block_size and not any(blocks.reserved) and self.can_write(blocks, start)
+
+    def can_write(self, blocks: SequenceBlocks, position: int) -> bool:
+        """Whether `position` lies in a block of each group that can be written as it is."""
+        index = position // self.block_size
         return not any(
             index >= len(table) or pool.is_shared(table[index]) or pool.is_kept(table[index]) for pool, table in zip(self.pools, blocks.tables)
         )
+
+    def room(self, blocks: SequenceBlocks, length: int) -> int:
+        """Up to so many positions need no `reserve`, `extend` or `settle` after the first `length`: all but the last of a block that can be written."""
+        return self.count(length) * self.block_size - 1 if length and self._within(blocks, length, length + 1) else 0
 
     def _fits(self, wanted: Sequence[int]) -> bool:
         return all(pool.can_reserve(count) for pool, count in zip(self.pools, wanted))
