@@ -50,7 +50,7 @@ class RefusedError(OctavoError):
 
 
 class RequestError(OctavoError, ValueError):
-    """A request can't be served as asked: a token id out of range, an empty prompt, a sequence that is closed."""
+    """A request can't be served as asked: a token id out of range, an empty prompt, a sequence, session or model that is closed."""
 
 
 class CapacityError(OctavoError):

@@ -230,7 +230,8 @@ def test_a_disk_that_fills_up_anywhere_leaves_the_old_file(paged, named, tmp_pat
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert (tmp_path / "a.seq").read_bytes() == old
-            assert sorted(os.listdir(tmp_path)) == ["a.seq", "sessions"] and len(os.listdir(tmp_path / "sessions")) == 1
+            assert sorted(os.listdir(tmp_path)) == ["a.seq", "sessions"]
+            assert len(os.listdir(tmp_path / "sessions")) == 2, "the session, and its lock"
         session.close()
         assert len(model.begin_session(name="a").sequences[0]) == len(IDS) + len(NEXT)
 
@@ -347,6 +348,55 @@ def test_a_name_is_one_sessions_at_a_time(named):
         session.close()
         model.begin_session(name="a")     # dropped: free again
         model.begin_session(name="a").close()
+
+
+OTHER = """
+import os, sys, octavo
+model = octavo.load(sys.argv[1], options=octavo.RuntimeOptions(threads=1, block_size=16, session_folder=sys.argv[2]))
+"""
+
+
+def test_a_name_is_one_processes_at_a_time(named, tmp_path):
+    """Or the one that closes it last would undo what the other did. A process that is ended, however, leaves no name taken."""
+    def another(code):
+        given = [sys.executable, "-c", OTHER + code, str(named.paths.paged), str(tmp_path / "sessions")]
+        return subprocess.run(given, check=False, capture_output=True, text=True).stdout.strip()
+
+    ask = """
+try:
+    print(len(model.begin_session(name="a").sequences))
+except octavo.errors.RequestError as error:
+    print(error.message)
+"""
+    with named() as model:
+        session = model.begin_session(name="a")
+        session.new_sequence().append(IDS)
+        assert another(ask) == "the session 'a' is open"
+        session.close()
+        assert another(ask) == "1"
+        assert another('session = model.begin_session(name="a")\nprint("open", flush=True)\nos._exit(9)') == "open"
+        [kept] = model.begin_session(name="a").sequences
+        assert kept.tokens == tuple(IDS)
+
+
+def test_a_session_that_is_open_elsewhere_is_not_deleted(named):
+    """Two stores over one folder, as two processes have."""
+    with named() as model, named(session_disk="10 kB") as other:
+        session = model.begin_session(name="a")
+        session.new_sequence().append(IDS[:17])
+        session.close()
+        session = model.begin_session(name="a")
+        for _ in range(2):
+            fresh = other.begin_session(name="b")
+            fresh.new_sequence().append(IDS[:17])
+            fresh.close()
+        assert len(list(other._named._folder.glob("[!.]*"))) == 2, "one is open, the other has just been written"
+        session.close()
+        fresh = other.begin_session(name="c")
+        fresh.new_sequence().append(IDS[:17])
+        fresh.close()
+        assert not model.begin_session(name="a").sequences
+        assert not list(other._named._folder.glob(".*")), "a lock goes with what it locked"
 
 
 def test_a_stream_ends_when_its_named_session_is_closed(named):

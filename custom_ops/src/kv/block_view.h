@@ -13,7 +13,6 @@ namespace octavo {
 
 // Positions are visited in chunks of this many, aligned to position 0: CHUNK of the contract. Bits depend on it.
 inline constexpr int kChunk = 256;
-inline constexpr int kLog2Chunk = 8;
 inline constexpr int kLanes = 16;  // virtual vector width of every instruction set
 inline constexpr int kMaxBlocks = kChunk / kLanes;
 inline constexpr int kMaxHead = 256;
