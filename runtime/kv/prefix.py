@@ -112,11 +112,20 @@ class PrefixIndex:
                 assert self._roots.get(node.key) is node, "a root is lost"  # type: ignore[arg-type]
 
     def _attached(self, node: Node) -> Node:
-        """`node` or what stands in its place: a sequence may hold nodes that have left the tree since."""
+        """`node` or what stands in its place: a sequence may hold nodes that have left the tree since.
+
+        Who leaves has no children, so a node that its parent knows is in the tree, however long the way to the root is.
+        """
+        left: list[Node] = []
+        while node.parent is not None and node.parent.children.get(node.key) is not node:  # type: ignore[arg-type]
+            left.append(node)
+            node = node.parent
         if node.parent is None:
-            return self._roots.setdefault(node.key, node)  # type: ignore[arg-type]
-        node.parent = self._attached(node.parent)
-        return node.parent.children.setdefault(node.key, node)  # type: ignore[arg-type]
+            node = self._roots.setdefault(node.key, node)  # type: ignore[arg-type]
+        for child in reversed(left):
+            child.parent = node
+            node = node.children.setdefault(child.key, child)  # type: ignore[arg-type]
+        return node
 
     def _into(self, node: Node, tokens: Sequence[int]) -> tuple[int, Node | None]:
         """The child whose first tokens agree longest with `tokens`, and how many they are."""

@@ -240,3 +240,27 @@ def test_a_scope_under_which_nothing_is_kept_leaves_nothing():
         tables.close(blocks)
         tables.check()
     assert len(tables._index._roots) <= 8, "as many as there are blocks, at most"
+
+
+def test_a_sequence_may_be_as_long_as_it_likes():
+    """More blocks than Python lets functions call each other, grown one by one; and what has left the tree comes back, all the way."""
+    tables, tokens, blocks = BlockTables([None], 1501, P, prefix_cache=True), list(range(1501 * P)), 1500
+    first, lost = tables.open(), tables.open()
+    for start in range(0, blocks * P, P):
+        tables.commit(tables.extend(first, start, start + P))
+        tables.settle(first, tokens, start + P)
+    tables.close(first)
+    assert tables.adopt(lost, tokens, blocks * P) == blocks * P
+    chain = list(lost.chain)
+    tables.close(lost)
+    other = tables.open()
+    tables.commit(tables.extend(other, 0, 1501 * P))    # takes every block: the tree is empty
+    tables.close(other)
+    tables.check()
+    again = tables.open()
+    again.chain[:] = chain
+    again.tables[0].extend(tables.pools[0].allocate() for _ in range(blocks))
+    tables.commit(tables.extend(again, blocks * P, 1501 * P))
+    tables.settle(again, tokens, 1501 * P)
+    tables.check()
+    assert sum(1 for _ in tables._index.kept(0)) == 1 and not tables.adopt(tables.open(), tokens, P), "the last block alone is kept, after all others' tokens"
