@@ -69,12 +69,17 @@ class PrefixIndex:
     def find(self, root: Node, tokens: Sequence[int], limit: int) -> Hit:
         """The longest cached prefix of `tokens` of at most `limit` tokens. Changes nothing."""
         size, chain = self._block_size, [root]
+        gone = [[-1] for _ in self._pools]      # by group, of the first 0, 1, … nodes: the place of the last that has no block
         for start in range(0, limit - size + 1, size):
             child = chain[-1].children.get(tuple(tokens[start : start + size]))
             if child is None:
                 break
             chain.append(child)
+            for places, block in zip(gone, child.blocks):
+                places.append(len(places) - 1 if block is None else places[-1])
         for full in range(len(chain) - 1, -1, -1):
+            if any(places[full] >= first_seen(window, (full + 1) * size - 1, size) for places, window in zip(gone, self._windows)):
+                continue    # however much of the next block agrees: without this, a long prefix whose window is gone takes its length squared
             path = chain[: full + 1]
             length, last = self._into(path[-1], tokens[full * size : limit])
             for extra in ([last] if last is not None else []) + [None]:
@@ -140,9 +145,13 @@ class PrefixIndex:
         """Block tables of a prefix, None where a block is missing that the next token would see."""
         tables = []
         for group, window in enumerate(self._windows):
-            first = 0 if window is None else max(0, length - window + 1) // self._block_size
+            first = first_seen(window, length, self._block_size)
             seen = [node.blocks[group] for node in nodes[first:]]
             if any(block is None for block in seen):
                 return None
             tables.append([-1] * min(first, len(nodes)) + [block for block in seen if block is not None])
         return tables
+
+def first_seen(window: int | None, length: int, block_size: int) -> int:
+    """The first block that the token at position `length` sees."""
+    return 0 if window is None else max(0, length - window + 1) // block_size

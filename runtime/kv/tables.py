@@ -16,7 +16,7 @@ from functools import partial
 
 from ...errors import CapacityError
 from .blocks import BlockPool
-from .prefix import Node, PrefixIndex
+from .prefix import Node, PrefixIndex, first_seen
 
 
 @dataclass(eq=False)
@@ -270,8 +270,7 @@ class BlockTables:
         return [range(self._first_seen(window, length), self.count(length)) for window in self._windows]
 
     def _first_seen(self, window: int | None, length: int) -> int:
-        """The first block that the token at position `length` sees."""
-        return 0 if window is None else max(0, length - window + 1) // self.block_size
+        return first_seen(window, length, self.block_size)
 
     def _evicted(self, group: int, block: int) -> None:
         assert self._index is not None, "only the index keeps blocks"

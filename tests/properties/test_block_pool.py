@@ -264,3 +264,22 @@ def test_a_sequence_may_be_as_long_as_it_likes():
     tables.settle(again, tokens, 1501 * P)
     tables.check()
     assert sum(1 for _ in tables._index.kept(0)) == 1 and not tables.adopt(tables.open(), tokens, P), "the last block alone is kept, after all others' tokens"
+
+
+def test_a_long_prefix_whose_window_is_gone_is_looked_at_once(monkeypatch):
+    """Not once for each of its ends; and what is left of it before that is found."""
+    tables, tokens, looks = BlockTables([None, 8], 80, P, prefix_cache=True), list(range(70 * P)), []
+    early, blocks = tables.open(), tables.open()
+    for sequence, stop in ((early, 9 * P), (blocks, 60 * P)):
+        tables.adopt(sequence, tokens, stop)
+        for start in range(sum(map(bool, sequence.tables[0])) and 9 * P, stop, P):
+            tables.commit(tables.extend(sequence, start, start + P))
+            tables.settle(sequence, tokens, start + P)
+    for block in list(tables.pools[1]._cached):
+        tables.pools[1].forget(block)
+        tables._index.evicted(1, block)
+    look = tables._index._tables
+    monkeypatch.setattr(tables._index, "_tables", lambda *given: looks.append(given) or look(*given))
+    found = tables.open()
+    assert tables.adopt(found, tokens, 50 * P) == 9 * P and len(looks) < 4
+    tables.check()
