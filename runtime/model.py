@@ -81,11 +81,12 @@ class Model:
     @property
     def engine(self) -> Engine:
         """The engine behind sessions and generations; UnsupportedError where the graph is no decoder."""
+        engine = self._engine   # before the check: another thread may close the model
         self.check_open()
-        if self._engine is None:
+        if engine is None:
             message = f"this model can't be driven as a decoder: {self._no_decoder}"
             raise UnsupportedError(message, hint="model.run feeds its inputs by name")
-        return self._engine
+        return engine
 
     def stats(self) -> dict[str, int]:
         """Counters and sizes now.
@@ -95,11 +96,12 @@ class Model:
         only); sequences (open), sequences_idle (of those: something cached, nothing to do), idle_drops, steps, tokens (computed), forks,
         failed_steps, preemptions, requests_waiting, requests_running; model_bytes (files).
         """
+        engine = self._engine
         self.check_open()
-        if self._engine is None:
+        if engine is None:
             return {"model_bytes": self._model_bytes}
-        with self._engine.turn:
-            return {**self._engine.stats(), "model_bytes": self._model_bytes}
+        with engine.turn:
+            return {**engine.stats(), "model_bytes": self._model_bytes}
 
     def predict(self, token_ids: Ids) -> NDArray[np.float32]:
         """Logits (S, V) of `token_ids`, from nothing and leaving nothing behind."""
@@ -108,6 +110,7 @@ class Model:
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """The graph's own inputs to its own outputs, by name. UnsupportedError where compiling has replaced them (kind "paged")."""
+        onnx_session = self._session
         self.check_open()
         if self._kind == "paged":
             hint = 'predict, sessions and generate drive it; the kinds "contiguous", "stateless" and "baseline" have run'
@@ -119,7 +122,7 @@ class Model:
             off = sorted(set(inputs) ^ names)
             raise RequestError(f"the graph's inputs are {', '.join(sorted(names))}; missing or unknown: {', '.join(off)}")
         try:
-            outputs = run_named(self._session, self._interface, inputs)
+            outputs = run_named(onnx_session, self._interface, inputs)
         except Exception as error:
             if type(error).__name__ == "InvalidArgument":
                 raise RequestError(f"the inputs don't fit the graph: {str(error).strip()}") from error
@@ -131,10 +134,11 @@ class Model:
 
         pooling: "mean" over the tokens, "cls" the first token's, "last" the last one's. UnsupportedError where the graph gives no states.
         """
+        onnx_session = self._session
         self.check_open()
         if self._kind == "paged":
             raise UnsupportedError('a "paged" model gives logits alone', hint="compile with kv_cache=False; the graph must give hidden states")
-        embedder = Embedder(self._session, self._interface)
+        embedder = Embedder(onnx_session, self._interface)
         return embedder.embed([encode_prompt(text, self.tokenizer, _ANY_ID) for text in as_prompts(texts)], pooling)
 
     def begin_session(self, *, name: str | None = None) -> Session:

@@ -107,6 +107,27 @@ def test_closing_the_model_while_others_wait(paths, op_library, monkeypatch):
     assert len(answers) == 3 and all(answer == "error" or isinstance(answer, RequestError) for answer in answers), answers
 
 
+@pytest.mark.parametrize("ask", ["stats", "engine"])
+def test_closing_the_model_while_another_thread_asks(paths, op_library, ask):
+    """After it has seen that the model is open: it gets an answer or is told that the model is closed."""
+    model = octavo.load(paths.paged, options=octavo.RuntimeOptions(threads=1))
+    check_open = model.check_open
+
+    def closed_behind_its_back():
+        check_open()
+        model.check_open = check_open
+        model.close()
+
+    model.check_open = closed_behind_its_back
+    if ask == "stats":
+        assert model.stats()["requests_running"] == 0
+    else:
+        with pytest.raises(RequestError, match="closed"):
+            model.generate([[1]], GREEDY)
+    with pytest.raises(RequestError, match="closed"):
+        model.stats()
+
+
 def test_a_stream_dropped_in_the_middle_of_a_step(paged, monkeypatch):
     """The step of another thread still brings its token; what is appended after that comes after it."""
     sequence = paged.begin_session().new_sequence()
