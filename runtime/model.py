@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -59,6 +60,7 @@ class Model:
         self._no_decoder = executor if isinstance(executor, str) else ""
         self._fingerprint, self._named = fingerprint, named
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._sessions_lock = threading.Lock()
         self._closed = False
         self.tokenizer = tokenizer
         self.default_params = default_params
@@ -154,7 +156,8 @@ class Model:
         if name is not None and self._named is None:
             raise OptionError("named sessions need a place on disk", hint="load the model with RuntimeOptions(session_folder=…)")
         session = Session(self, name, self._named)
-        self._sessions.add(session)
+        with self._sessions_lock:
+            self._sessions.add(session)
         return session
 
     def generate(
@@ -214,7 +217,9 @@ class Model:
         if self._engine is not None:
             self._engine.close()
         first: SavedSequenceError | None = None
-        for session in list(self._sessions):
+        with self._sessions_lock:
+            sessions = list(self._sessions)
+        for session in sessions:
             try:
                 session.close()
             except SavedSequenceError as error:

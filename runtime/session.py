@@ -39,6 +39,7 @@ class Session:
 
     def __init__(self, model: Model, name: str | None = None, store: NamedSessions | None = None) -> None:
         self._model, self._name, self._store = model, name, store
+        self._lock = threading.Lock()       # of the two that follow
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._kept: list[Sequence] = []     # of a named session, in the order in which they were made
         self._closed = False
@@ -60,8 +61,7 @@ class Session:
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         """The open sequences of a named session, in the order in which they were made. An unnamed one does not keep them."""
-        self._kept = [sequence for sequence in self._kept if not sequence.closed]
-        return tuple(self._kept)
+        return tuple(sequence for sequence in self._kept if not sequence.closed)
 
     def new_sequence(self, *, priority: int = 0, salt: str | None = None) -> Sequence:
         """An empty sequence. Its work comes before that of lower `priority`; it shares cached prefixes with sequences of the same `salt` alone."""
@@ -137,8 +137,10 @@ class Session:
         self._discard()
 
     def _discard(self) -> None:
-        self._closed = True
-        for sequence in list(self._sequences):
+        with self._lock:
+            self._closed = True
+            sequences = list(self._sequences)
+        for sequence in sequences:
             sequence.close()
         self._kept.clear()
         if self._name is not None:
@@ -152,15 +154,18 @@ class Session:
 
     def _adopt(self, state: SequenceState) -> Sequence:
         sequence = Sequence(self, self._model, state)
-        self._sequences.add(sequence)
-        if self._name is not None:
-            self._kept = [*self.sequences, sequence]
+        with self._lock:
+            if self._closed:    # by another thread; the sequence is freed as it is dropped
+                raise _closed_error()
+            self._sequences.add(sequence)
+            if self._name is not None:
+                self._kept = [*self.sequences, sequence]
         return sequence
 
     def _check_open(self) -> None:
         self._model.check_open()
         if self._closed:
-            raise RequestError("the session is closed", hint="begin another with model.begin_session()")
+            raise _closed_error()
 
 
 class Sequence:
@@ -326,6 +331,10 @@ def append(engine: Engine, work: list[tuple[SequenceState, Any]], rows: Rows) ->
         if request.error is not None:
             raise request.error
     return [request.logits for request in requests]
+
+
+def _closed_error() -> RequestError:
+    return RequestError("the session is closed", hint="begin another with model.begin_session()")
 
 
 def check_priority(priority: int) -> None:

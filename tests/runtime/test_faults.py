@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import octavo
@@ -126,6 +127,38 @@ def test_closing_the_model_while_another_thread_asks(paths, op_library, ask):
             model.generate([[1]], GREEDY)
     with pytest.raises(RequestError, match="closed"):
         model.stats()
+
+
+@pytest.mark.parametrize("scope", ["session", "model"])
+def test_closing_while_another_thread_adds_to_it(paths, op_library, scope):
+    """Who comes while what is open is counted comes after it, and is told."""
+    model = octavo.load(paths.paged, options=octavo.RuntimeOptions(threads=1))
+    session, told = model.begin_session(), []
+    kept = [(model.begin_session(), session.new_sequence()) for _ in range(4)]
+
+    def add():
+        try:
+            sequence = (session if scope == "session" else model.begin_session()).new_sequence()
+            sequence.append([1])
+        except RequestError as error:
+            told.append(error.message)
+
+    class Slow(weakref.WeakSet):
+        def __iter__(self):
+            for at, item in enumerate(super().__iter__()):
+                if at == 2:
+                    adding.start()
+                    adding.join(0.1)
+                yield item
+
+    adding, place = threading.Thread(target=add), (session, "_sequences") if scope == "session" else (model, "_sessions")
+    setattr(*place, Slow(getattr(*place)))
+    (session if scope == "session" else model).close()
+    adding.join(30)
+    assert len(told) == 1 and "closed" in told[0] and all(sequence.closed for _, sequence in kept)
+    if scope == "session":
+        assert model.stats()["sequences"] == 0
+        model.close()
 
 
 def test_a_stream_dropped_in_the_middle_of_a_step(paged, monkeypatch):

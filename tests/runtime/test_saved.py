@@ -350,6 +350,24 @@ def test_a_name_is_one_sessions_at_a_time(named):
         model.begin_session(name="a").close()
 
 
+def test_a_sequence_made_while_another_thread_lists_them_is_kept(named, monkeypatch):
+    with named() as model:
+        session = model.begin_session(name="a")
+        session.new_sequence()
+        closed, made = octavo.Sequence.closed, []
+
+        def looked_at(self):
+            if not made:
+                made.append(None)
+                made.append(session.new_sequence())
+            return closed.fget(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(octavo.Sequence, "closed", property(looked_at))
+            assert len(session.sequences) == 1
+        assert session.sequences[-1] is made[1]
+
+
 OTHER = """
 import os, sys, octavo
 model = octavo.load(sys.argv[1], options=octavo.RuntimeOptions(threads=1, block_size=16, session_folder=sys.argv[2]))
