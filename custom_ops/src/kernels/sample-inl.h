@@ -28,18 +28,28 @@ OCTAVO_INLINE void for_vectors(const float* x, int begin, int end, Vec rest, Bod
   }
 }
 
+// Elements [i, i + kLanes) of those before `end`.
+OCTAVO_INLINE void put(Vec v, float* x, int i, int end) {
+  if (end - i >= kLanes) {
+    store(x + i, v);
+  } else {
+    store_partial(x + i, v, end - i);
+  }
+}
+
 OCTAVO_INLINE void fill(Vec (&chains)[kChains], float value) {
   for (Vec& chain : chains) chain = broadcast(value);
 }
 
 OCTAVO_INLINE Vec joined(const Vec (&chains)[kChains]) { return add(add(chains[0], chains[1]), add(chains[2], chains[3])); }
 
-inline float highest(const float* x, int n, float* peaks) {
+inline float highest(const float* x, int n, float* peaks, float* copy) {
   Vec odd = broadcast(0.0f), all = broadcast(-kInfinity);
   for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
     Vec best[kChains];
     fill(best, -kInfinity);
-    for_vectors(x, begin, end, broadcast(-kInfinity), [&](Vec v, int, int chain) __attribute__((always_inline)) {
+    for_vectors(x, begin, end, broadcast(-kInfinity), [&](Vec v, int i, int chain) __attribute__((always_inline)) {
+      if (copy != nullptr) put(v, copy, i, end);
       odd = select(equal(v, v), odd, broadcast(1.0f));
       best[chain] = max(v, best[chain]);
     });
@@ -69,14 +79,29 @@ inline int count_above(const float* x, int n, float value) {
   return count;
 }
 
+// 2^x for x ≤ 0: 2^n·2^r, |r| ≤ 1/2; relative error of the polynomial 2e-8, 2^0 is exactly 1. From −127 down the result is 0.
+OCTAVO_INLINE Vec power_of_two(Vec x) {
+  const Vec shift = broadcast(12582912.0f);  // 1.5·2^23: rounds to an integer, and leaves it in the low bits
+  x = max(x, broadcast(-127.0f));            // whose power comes out as 0
+  const Vec t = add(x, shift);
+  const Vec r = sub(x, sub(t, shift));
+  Vec p = broadcast(1.5353362e-4f);
+  p = fma(p, r, broadcast(1.3398874e-3f));
+  p = fma(p, r, broadcast(9.618437e-3f));
+  p = fma(p, r, broadcast(5.5503324e-2f));
+  p = fma(p, r, broadcast(0.24022648f));
+  p = fma(p, r, broadcast(0.6931472f));
+  return scale_by_power(fma(p, r, broadcast(1.0f)), t);
+}
+
 inline void weigh(const float* x, int n, float best, float inverse, const float* ahead, float* w, float* sums) {
-  const Vec top = broadcast(best), scale = broadcast(inverse);
+  const Vec top = broadcast(best), scale = broadcast(inverse * 1.44269504f);
   for_runs(n, [&](int run, int begin, int end) __attribute__((always_inline)) {
     Vec total = broadcast(0.0f);  // one chain: what is added takes longer to come than to add
     for_vectors(x, begin, end, broadcast(-kInfinity), [&](Vec v, int i, int) __attribute__((always_inline)) {
       if (ahead != nullptr) prefetch(ahead + i);
-      const Vec weight = exp_nonpositive(mul(sub(v, top), scale));
-      if (w != nullptr) store_partial(w + i, weight, end - i < kLanes ? end - i : kLanes);
+      const Vec weight = power_of_two(mul(sub(v, top), scale));
+      if (w != nullptr) put(weight, w, i, end);
       total = add(total, weight);
     });
     sums[run] = sum(total);

@@ -8,8 +8,8 @@ namespace octavo {
 inline constexpr int kRun = 128;
 
 struct SampleKernels {
-  // The largest element; NaN where any is one. peaks[r] is the largest of run r that is a number.
-  float (*highest)(const float* x, int n, float* peaks);
+  // The largest element; NaN where any is one. peaks[r] is the largest of run r that is a number. Unless `copy` is null, x is copied there.
+  float (*highest)(const float* x, int n, float* peaks, float* copy);
   // Index of the first element equal to `value`; n where none is.
   int (*find)(const float* x, int n, float value);
   int (*count_above)(const float* x, int n, float value);

@@ -70,9 +70,8 @@ double uniform(std::uint64_t seed, std::uint64_t completion, std::uint64_t index
 
 bool touches(const SampleRow& row) { return row.num_bias > 0 || row.num_banned > 0 || row.num_seen > 0; }
 
-// Bias, bans, penalties: each in float64, rounded to float32.
-void adjust(const SampleRow& row, int V, float* scores) {
-  std::memcpy(scores, row.logits, static_cast<std::size_t>(V) * sizeof(float));
+// Bias, bans, penalties: each in float64, rounded to float32. `scores` are the row's logits before.
+void adjust(const SampleRow& row, float* scores) {
   for (int i = 0; i < row.num_bias; ++i) scores[row.bias_ids[i]] = static_cast<float>(static_cast<double>(scores[row.bias_ids[i]]) + row.bias[i]);
   for (int i = 0; i < row.num_banned; ++i) scores[row.banned[i]] = -HUGE_VALF;
   for (int i = 0; i < row.num_seen; ++i) {
@@ -309,7 +308,8 @@ int best_token(const SampleKernels& kernels, const float* scores, int V, float b
 
 // `ahead`: the logits of the row that comes next; may be null.
 void choose(const SampleKernels& kernels, SampleRow& row, int V, const float* ahead, Work work) {
-  const float highest = kernels.highest(row.logits, V, work.row_peaks);
+  const bool adjusted = row.given < 0 && touches(row);
+  const float highest = kernels.highest(row.logits, V, work.row_peaks, adjusted ? work.scores : nullptr);
   row.status = kRowNan;
   if (std::isnan(highest)) return;
   row.status = kRowNothingFinite;
@@ -319,10 +319,10 @@ void choose(const SampleKernels& kernels, SampleRow& row, int V, const float* ah
   } else {
     const float* scores = row.logits;
     float best = highest;
-    if (touches(row)) {
-      adjust(row, V, work.scores);
+    if (adjusted) {
+      adjust(row, work.scores);
       scores = work.scores;
-      best = kernels.highest(scores, V, work.peaks);
+      best = kernels.highest(scores, V, work.peaks, nullptr);
     } else {
       work.peaks = work.row_peaks;
     }
