@@ -162,6 +162,7 @@ class Engine:
             )
 
     def _step(self) -> None:
+        start = self.clock()
         self.collect_dropped()
         if self._timed:
             now = self.clock()
@@ -180,6 +181,9 @@ class Engine:
             # An interrupt came in between: rows that nobody has read are computed again.
             for request, part in unread.items():
                 self.executor.truncate(request.sequence, part.start)
+        if plan := schedule.plan.slices:
+            rows = sum([start > 0 and stop - start == 1 for _, start, stop, _ in plan])
+            self._pace.observe(rows, schedule.plan.num_tokens - rows, self.clock() - start)
 
     def _execute(self, schedule: Schedule[Request]) -> Iterator[list[tuple[Request, Slice, Logits | OctavoError]]]:
         """Each request with its logits, which last until the next run, or with what went wrong; run by run.
@@ -190,10 +194,7 @@ class Engine:
         if not plan.slices:
             return
         try:
-            began = self.clock()
             outcomes: Sequence[Logits | OctavoError] = self.executor.execute(plan)
-            decoding = sum([start > 0 and stop - start == 1 for _, start, stop, _ in plan.slices])
-            self._pace.observe(decoding, plan.num_tokens - decoding, self.clock() - began)
             self.counters["steps"] += 1
             self.counters["tokens"] += plan.num_tokens
         except OctavoError as error:

@@ -144,6 +144,8 @@ class Scheduler(Generic[R]):
             if self.num_preemptions > preemptions and request not in self._running:
                 continue    # preempted by one of those before
             if prompt_tokens is not None and not _decodes(request):
+                if prompt_tokens == 0:
+                    continue
                 budget = prompt_tokens if budget is None else min(budget, prompt_tokens)
                 prompt_tokens = None
             length = len(request.sequence.tokens)

@@ -6,9 +6,11 @@
 namespace octavo {
 namespace {
 
-// A sequence with at most this many rows (decode, short drafts) gives each chunk to a thread of its own: its few tiles would not fill the
-// pool, and reading the cache is what takes the time. Longer ones keep their running state in the first-level cache.
-constexpr std::int64_t kSplitRows = 8;
+// Where a sequence has few rows, each chunk is a piece of work of its own for each of its tiles, chunk after chunk, so that its keys and values come
+// from memory once and many threads find enough to do: decode and short drafts always, longer stretches of a prompt while the states of all their
+// chunks stay near. Beyond that a tile keeps one running state in the first-level cache.
+constexpr std::int64_t kFewRows = 8;
+constexpr std::int64_t kSplitFloats = 1 << 19;
 
 // Query rows of a KV head are numbered token by token, group member by group member: number n is token n / (H/G), head g·(H/G) + n % (H/G).
 // A piece of work is one tile (up to kLanes numbers) over the chunks [chunk0, chunk1). The pieces of a chunk follow each other for all KV
@@ -34,14 +36,14 @@ class Driver {
   Driver(const Attention& a, const Kernels& k) : a_(a), k_(k), group_(a.H / a.G) {}
 
   Status run(const Parallel& parallel, Scratch& scratch) {
-    for_each_tile([&](const Work& tile) { count(tile); });
+    for (std::int64_t b = 0; b < a_.sequence_count; ++b) count(b);
     OCTAVO_TRY(scratch.take(work_count_, &work_));
     OCTAVO_TRY(scratch.take(split_count_, &split_));
     OCTAVO_TRY(scratch.take(static_cast<std::size_t>(partial_floats_), &partial_));
     work_count_ = split_count_ = 0;
     partial_floats_ = 0;
-    for_each_tile([&](const Work& tile) { place(tile); });
-    for (std::size_t lane = 0; lane < Parallel::lanes(work_count_); ++lane) reading_[lane].piece = work_count_;
+    for (std::int64_t b = 0; b < a_.sequence_count; ++b) place(b);
+    for (std::size_t lane = 0; lane < Parallel::lanes(work_count_); ++lane) reading_[lane].known = false;
     return parallel.run(work_count_, [this](std::size_t i, std::size_t lane) { attend_piece(i, lane); });
   }
 
@@ -52,14 +54,12 @@ class Driver {
   int head_of(const Work& w, int r) const { return w.g * group_ + static_cast<int>((w.number0 + r) % group_); }
 
   template <class Body>
-  void for_each_tile(const Body& body) const {
-    for (std::int64_t b = 0; b < a_.sequence_count; ++b) {
-      const std::int64_t numbers = a_.sequences[b].rows * group_;
-      for (std::int64_t n = 0; n < numbers; n += kLanes) {
-        Work tile{b, n, 0, static_cast<int>(numbers - n < kLanes ? numbers - n : kLanes), 0, 0, -1};
-        set_chunks(&tile);
-        body(tile);
-      }
+  void for_each_tile(std::int64_t b, const Body& body) const {
+    const std::int64_t numbers = a_.sequences[b].rows * group_;
+    for (std::int64_t n = 0; n < numbers; n += kLanes) {
+      Work tile{b, n, 0, static_cast<int>(numbers - n < kLanes ? numbers - n : kLanes), 0, 0, -1};
+      set_chunks(&tile);
+      body(tile);
     }
   }
 
@@ -76,34 +76,56 @@ class Driver {
     tile->chunk1 = (hi - 1) / kChunk + 1;
   }
 
-  bool splits(const Work& tile) const { return a_.sequences[tile.sequence].rows <= kSplitRows && tile.chunk1 - tile.chunk0 > 1; }
+  bool few_rows(std::int64_t b) const {
+    const Sequence& s = a_.sequences[b];
+    if (s.rows <= kFewRows) return true;
+    const RowRange& last = a_.ranges[s.row0 + s.rows - 1];
+    return s.rows * a_.H * ((last.hi - last.lo) / kChunk + 1) * padded(a_.E) <= kSplitFloats;
+  }
+  bool splits(const Work& tile) const { return few_rows(tile.sequence) && tile.chunk1 - tile.chunk0 > 1; }
   std::int64_t floats_of(int rows) const { return 2 * kLanes + static_cast<std::int64_t>(rows) * padded(a_.E); }
   static Softmax state_at(float* p) { return {p, p + kLanes, p + 2 * kLanes}; }
 
-  void count(const Work& tile) {
-    const std::size_t G = static_cast<std::size_t>(a_.G), chunks = static_cast<std::size_t>(tile.chunk1 - tile.chunk0);
-    work_count_ += splits(tile) ? G * chunks : G;
-    if (!splits(tile)) return;
-    split_count_ += G;
-    partial_floats_ += static_cast<std::int64_t>(G * chunks) * floats_of(tile.rows);
+  void count(std::int64_t b) {
+    const std::size_t G = static_cast<std::size_t>(a_.G);
+    for_each_tile(b, [&](const Work& tile) {
+      const std::size_t chunks = static_cast<std::size_t>(tile.chunk1 - tile.chunk0);
+      work_count_ += splits(tile) ? G * chunks : G;
+      if (!splits(tile)) return;
+      split_count_ += G;
+      partial_floats_ += static_cast<std::int64_t>(G * chunks) * floats_of(tile.rows);
+    });
   }
 
-  void place(Work tile) {
-    if (!splits(tile)) {
-      for (tile.g = 0; tile.g < a_.G; ++tile.g) work_[work_count_++] = tile;
-      return;
-    }
-    Work one = tile;
-    for (one.chunk0 = tile.chunk0; one.chunk0 < tile.chunk1; ++one.chunk0) {
-      one.chunk1 = one.chunk0 + 1;
-      for (one.g = 0; one.g < a_.G; ++one.g) {
-        one.split = static_cast<std::int64_t>(split_count_) + one.g;
-        work_[work_count_++] = one;
+  void place(std::int64_t b) {
+    const std::int64_t first_split = static_cast<std::int64_t>(split_count_);
+    std::int32_t chunk0 = INT32_MAX, chunk1 = 0;
+    for_each_tile(b, [&](Work tile) {
+      const bool split = splits(tile);
+      for (tile.g = 0; tile.g < a_.G; ++tile.g) {
+        if (!split) {
+          work_[work_count_++] = tile;
+          continue;
+        }
+        new (&split_[split_count_++]) Split{tile, partial_floats_, {tile.chunk1 - tile.chunk0}};
+        partial_floats_ += (tile.chunk1 - tile.chunk0) * floats_of(tile.rows);
       }
-    }
-    for (tile.g = 0; tile.g < a_.G; ++tile.g) {
-      new (&split_[split_count_++]) Split{tile, partial_floats_, {tile.chunk1 - tile.chunk0}};
-      partial_floats_ += (tile.chunk1 - tile.chunk0) * floats_of(tile.rows);
+      if (!split) return;
+      chunk0 = tile.chunk0 < chunk0 ? tile.chunk0 : chunk0;
+      chunk1 = tile.chunk1 > chunk1 ? tile.chunk1 : chunk1;
+    });
+    // All tiles of a chunk and KV head one after the other: its keys and values come from memory once.
+    for (std::int32_t chunk = chunk0; chunk < chunk1; ++chunk) {
+      for (int g = 0; g < a_.G; ++g) {
+        for (std::int64_t at = first_split + g; at < static_cast<std::int64_t>(split_count_); at += a_.G) {
+          Work one = split_[at].tile;
+          if (chunk < one.chunk0 || chunk >= one.chunk1) continue;
+          one.chunk0 = chunk;
+          one.chunk1 = chunk + 1;
+          one.split = at;
+          work_[work_count_++] = one;
+        }
+      }
     }
   }
 
@@ -136,37 +158,62 @@ class Driver {
     }
   }
 
-  // What a lane reads next, if it goes on with the chunk or piece that follows, as it mostly does: it lies in views[turn] then.
+  // The keys and values that a lane has at hand, views[turn], and after them those that it reads next if it goes on with the chunk or piece
+  // that follows, as it mostly does.
   struct alignas(64) Reading {
-    std::size_t piece;  // work_count_: nothing
-    std::int32_t chunk;
+    bool known;          // views[turn] is `here`
+    bool next_known;     // the other one is `next`
     int turn;
+    struct Place {
+      std::int64_t sequence;
+      int g;
+      std::int32_t chunk;
+      bool operator==(const Place& o) const { return sequence == o.sequence && g == o.g && chunk == o.chunk; }
+    } here, next;
     ChunkView views[2];
   };
+  using Place = Reading::Place;
 
-  void view(std::size_t piece, std::int32_t chunk, std::size_t lane, ChunkView* out) const {
-    a_.keys->view(work_[piece].sequence, work_[piece].g, chunk, lane, out);
-  }
+  void view(const Place& place, std::size_t lane, ChunkView* out) const { a_.keys->view(place.sequence, place.g, place.chunk, lane, out); }
 
-  // The chunk to read now. It points at the one that follows, which is asked for while this one is computed.
+  // The chunk to read now. Where it comes from memory it points at the one that follows, which is asked for while this one is computed.
   const ChunkView& take(std::size_t piece, std::int32_t chunk, std::size_t lane) {
     Reading& reading = reading_[lane];
-    const bool known = reading.piece == piece && reading.chunk == chunk;
-    if (!known) reading.turn = 0;
-    ChunkView& now = reading.views[reading.turn];
-    ChunkView& next = reading.views[reading.turn ^= 1];
-    if (!known) view(piece, chunk, lane, &now);
-    now.cold = !known;
-    if (++chunk >= work_[piece].chunk1) {
-      while (++piece < work_count_ && work_[piece].chunk0 >= work_[piece].chunk1) {}
-      chunk = piece < work_count_ ? work_[piece].chunk0 : 0;
+    const Place wanted{work_[piece].sequence, work_[piece].g, chunk};
+    const bool in_place = a_.keys->in_place(wanted.sequence);
+    if (reading.known && in_place && reading.here == wanted) {
+      ChunkView& now = reading.views[reading.turn];
+      now.cold = false;
+      now.ahead = nullptr;
+      return now;
     }
-    const bool follows = piece < work_count_ && a_.keys->in_place(work_[piece].sequence);
-    if (follows) view(piece, chunk, lane, &next);
-    reading.piece = follows ? piece : work_count_;
-    reading.chunk = chunk;
-    now.ahead = follows ? &next : nullptr;
+    const bool known = reading.known && reading.next_known && reading.next == wanted;
+    reading.turn = known ? reading.turn ^ 1 : 0;
+    ChunkView& now = reading.views[reading.turn];
+    if (!known) view(wanted, lane, &now);
+    const bool asks = few_rows(wanted.sequence);
+    now.cold = asks && !known;
+    now.ahead = nullptr;
+    reading.known = true;
+    reading.here = wanted;
+    reading.next_known = asks && next_place(piece, chunk, wanted, &reading.next);
+    if (reading.next_known) {
+      ChunkView& next = reading.views[reading.turn ^ 1];
+      view(reading.next, lane, &next);
+      now.ahead = &next;
+    }
     return now;
+  }
+
+  // Where the first chunk after this one lies that is another, if a view of it can be made before it is read.
+  bool next_place(std::size_t piece, std::int32_t chunk, const Place& here, Place* next) const {
+    for (++chunk; piece < work_count_; chunk = ++piece < work_count_ ? work_[piece].chunk0 : 0) {
+      const Work& w = work_[piece];
+      if (chunk >= w.chunk1) continue;
+      *next = {w.sequence, w.g, chunk};
+      if (!(*next == here)) return a_.keys->in_place(w.sequence);
+    }
+    return false;
   }
 
   void attend_piece(std::size_t piece, std::size_t lane) {

@@ -20,13 +20,32 @@ def drive(pace, decoding, prompt, *, prompts=1, alone=0.005, token=0.0002, bound
     return times
 
 
-@pytest.mark.parametrize(("policy", "stretch"), [("auto", 2.5), ("latency", 1.5)])
+@pytest.mark.parametrize(("policy", "stretch"), [("auto", 2.65), ("latency", 1.55)])
 def test_gaps_stay_within_the_policy(policy, stretch):
     times = drive(Pace(policy, 512), 8, 4096)
     settled = times[2:-1]     # before that nothing is known of a prompt token's cost
     assert max(settled) <= stretch * 0.005
     share = 1 - 0.005 * len(times) / sum(times)
-    assert share >= (0.5 if policy == "auto" else 0.25), "of the time is the prompt's"
+    assert share >= (0.6 if policy == "auto" else 0.3), "of the time is the prompt's"
+
+
+def test_a_step_that_was_held_up_says_nothing_of_the_next():
+    steady, disturbed = Pace("auto", 512), Pace("auto", 512)
+    for step in range(12):
+        for pace in (steady, disturbed):
+            pace.observe(8, 0, 0.005)
+            pace.observe(8, 30, 0.005 + 30 * 0.0002)
+        if step % 4 == 3:
+            disturbed.observe(8, 0, 0.1)
+            disturbed.observe(8, 30, 0.1)
+    assert disturbed.prompt_tokens(8, 1) == steady.prompt_tokens(8, 1)
+
+
+def test_a_prompt_token_that_costs_more_is_known_soon():
+    """As beside streams that have grown long, or after a change of what else the machine does."""
+    pace = Pace("auto", 512)
+    drive(pace, 8, 600, token=0.0002)
+    assert max(drive(pace, 8, 600, token=0.0006)[4:]) <= 2.65 * 0.005
 
 
 def test_throughput_takes_what_a_step_takes():

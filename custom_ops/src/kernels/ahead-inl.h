@@ -1,22 +1,24 @@
 // Asking memory for what comes next, a few lines at a time between the products.
 //
 // A tile of few rows takes less time over a chunk than memory does to bring the next, and blocks lie anywhere: no hardware guesses where. Asked
-// for all at once the lines would queue before the products; spread over all of them they come while these run.
+// for all at once the lines would queue before the products; spread over all of them they come while these run. Of several tiles over one chunk the
+// first asks.
 #pragma once
+#include <type_traits>
+
 #include "kernels/kernels.h"
 
 namespace octavo::OCTAVO_TARGET {
 
-// A tile with at most this many rows is decoding: what it reads comes from memory, once.
-inline constexpr int kReadingRows = 8;
-
+// Loops say how many lines a step asks for where the tile decodes; one of many rows has `Slower` times as many steps, and asks for fewer at each.
+template <int Slower>
 class Ahead {
  public:
   // Nobody has asked for a cold chunk: its keys are asked for here and now, and its values come first.
   OCTAVO_INLINE explicit Ahead(const ChunkView& view) {
     if (view.cold) {
       add(view, view.key, view.key_bytes);
-      while (at_ < end_) step<8>();
+      while (at_ < end_) step<8 * Slower>();
       at_ = end_ = nullptr;
       used_ = next_ = 0;
       add(view, view.value, view.value_bytes);
@@ -30,9 +32,10 @@ class Ahead {
   // Asks for the next `Lines` of 64 bytes.
   template <int Lines>
   OCTAVO_INLINE void step() {
+    constexpr int now = Lines > Slower ? Lines / Slower : 1;
     if (at_ >= end_) return;
-    for (int i = 0; i < Lines; ++i) prefetch(at_ + i * 64);
-    at_ += Lines * 64;
+    for (int i = 0; i < now; ++i) prefetch(at_ + i * 64);
+    at_ += now * 64;
     if (at_ >= end_) turn();
   }
 
@@ -64,6 +67,19 @@ struct NothingAhead {
   OCTAVO_INLINE void step() {}
 };
 
-OCTAVO_INLINE bool reads(const Tile& tile, const ChunkView& view) { return tile.rows <= kReadingRows && (view.cold || view.ahead != nullptr); }
+// A tile with at most this many rows takes few steps over a chunk.
+inline constexpr int kFewSteps = 8;
+
+// body(Asks{}) with what a tile has to ask for at its pace.
+template <class Body>
+OCTAVO_INLINE void with_ahead(const Tile& tile, const ChunkView& view, const Body& body) {
+  if (!view.cold && view.ahead == nullptr) {
+    body(static_cast<NothingAhead*>(nullptr));
+  } else if (tile.rows <= kFewSteps) {
+    body(static_cast<Ahead<1>*>(nullptr));
+  } else {
+    body(static_cast<Ahead<4>*>(nullptr));
+  }
+}
 
 }  // namespace octavo::OCTAVO_TARGET

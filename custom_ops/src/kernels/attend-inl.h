@@ -218,7 +218,7 @@ void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
 
 template <class T>
 void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
-  reads(tile, view) ? attend_with<T, Ahead>(tile, view, out) : attend_with<T, NothingAhead>(tile, view, out);
+  with_ahead(tile, view, [&](auto* asks) { attend_with<T, std::remove_pointer_t<decltype(asks)>>(tile, view, out); });
 }
 
 }  // namespace octavo::OCTAVO_TARGET

@@ -235,7 +235,7 @@ void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
     out.l[r] = rows[r].l;
     factors[r] = rows[r].factor;
   };
-  if constexpr (std::is_same_v<Asks, Ahead>) {  // what is asked for in between comes evenly then
+  if constexpr (std::is_same_v<Asks, Ahead<1>>) {  // what is asked for in between comes evenly then
     for (int r = 0; r < tile.rows; ++r) {
       maximum_of(r);
       weights_of(r);
@@ -250,7 +250,7 @@ void attend_with(const Tile& tile, const ChunkView& view, const Softmax& out) {
 }
 
 inline void attend_chunk(const Tile& tile, const ChunkView& view, const Softmax& out) {
-  reads(tile, view) ? attend_with<Ahead>(tile, view, out) : attend_with<NothingAhead>(tile, view, out);
+  with_ahead(tile, view, [&](auto* asks) { attend_with<std::remove_pointer_t<decltype(asks)>>(tile, view, out); });
 }
 
 }  // namespace octavo::OCTAVO_INT8_TARGET
