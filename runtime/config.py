@@ -30,8 +30,8 @@ class RuntimeOptions:
         computed again to the same bits.
     max_step_tokens: 16 … 65536 tokens in one step: what a stream's longest gap, and the memory of a step, are bounded by.
     max_waiting: requests that may wait for a place; one more is refused with QueueFullError. None: any number.
-    policy: how long streams' gaps may get while prompts are computed beside them: "latency" about 1.45 times as long as without, "auto" about
-        2.4 times (more where more than two prompts queue), "throughput" as long as a step takes. Acts on `paged` models.
+    policy: how long streams' gaps may get while prompts are computed beside them: "latency" about 1.5 times as long as without, "auto" about
+        2.5 times (more where more than two prompts queue), "throughput" as long as a step takes. Acts on `paged` models.
     prefix_cache: True keeps the blocks of sequences that have ended, as long as nothing else needs them, for those that begin alike. Acts on
         `paged` models.
     session_folder: where named sessions are kept between their uses; None: there are none.

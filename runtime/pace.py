@@ -13,17 +13,17 @@ from typing import Literal
 
 Policy = Literal["auto", "throughput", "latency"]
 
-# How much longer a step may take while somebody's prompt is computed; None: as long as a step can take. The longest gaps of a stream that nobody
-# disturbs are 1.2 times the usual ones, so its p99 then gets about 2.4 and 1.4 times as long.
-_STRETCH: dict[str, float | None] = {"auto": 2.65, "throughput": None, "latency": 1.55}
+# How much longer a stream's gaps may get while somebody's prompt is computed; None: as long as a step can take.
+_STRETCH: dict[str, float | None] = {"auto": 2.5, "throughput": None, "latency": 1.5}
 # So many prompts at a time leave the stretch as it is; k times as many take k times as much of a step.
 _UNHURRIED = 2
 # Tokens beside streams before anything has been measured, and never fewer than: a prompt must get on.
 _FIRST, _LEAST = 64, 4
 # Times are medians of the last few: a step that something else held up says nothing of the next, and one that truly takes longer soon does.
-_KEPT, _KEPT_ALONE = 5, 3
+_KEPT = 5
 # After so many steps with prompt tokens one goes without: what streams take alone grows with their length, and would be put down to the prompt.
-_ASK_AGAIN = 32
+# What was known before is out of date then, and one step is no more than so many times as long because of it.
+_ASK_AGAIN, _GROWTH = 32, 1.25
 
 
 class Pace:
@@ -31,7 +31,7 @@ class Pace:
         self._stretch = _STRETCH[policy]
         self._max_tokens = max_tokens
         # Seconds of a step of decoding rows, by the power of two that their number lies below; and of one prompt token beside them.
-        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT_ALONE))
+        self._alone: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._token: deque[float] = deque(maxlen=_KEPT)
         self._mixed = 0     # steps with both since the last without prompts
 
@@ -49,14 +49,18 @@ class Pace:
 
     def observe(self, decoding: int, prompt: int, seconds: float) -> None:
         """A step of `decoding` rows and `prompt` tokens of prompts took `seconds`."""
-        self._mixed = self._mixed + 1 if prompt else 0
         if not prompt:
-            self._alone[decoding.bit_length()].append(seconds)
+            known = self._alone[decoding.bit_length()]
+            if known and self._mixed >= _ASK_AGAIN:
+                seconds = min(seconds, _GROWTH * median(known))
+                known.clear()
+            known.append(seconds)
         elif decoding and (alone := self._seconds(decoding)) is not None:
             # A step may come out faster than one without prompts: the clock is not that steady.
             self._token.append(max(seconds - alone, 0.1 * seconds) / prompt)
         elif not decoding and prompt >= _FIRST and not self._token:
             self._token.append(seconds / prompt)
+        self._mixed = self._mixed + 1 if prompt else 0
 
     def _seconds(self, decoding: int) -> float | None:
         """Of the nearest number of rows that has been seen alone."""

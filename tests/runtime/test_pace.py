@@ -20,13 +20,13 @@ def drive(pace, decoding, prompt, *, prompts=1, alone=0.005, token=0.0002, bound
     return times
 
 
-@pytest.mark.parametrize(("policy", "stretch"), [("auto", 2.65), ("latency", 1.55)])
+@pytest.mark.parametrize(("policy", "stretch"), [("auto", 2.5), ("latency", 1.5)])
 def test_gaps_stay_within_the_policy(policy, stretch):
     times = drive(Pace(policy, 512), 8, 4096)
     settled = times[2:-1]     # before that nothing is known of a prompt token's cost
     assert max(settled) <= stretch * 0.005
     share = 1 - 0.005 * len(times) / sum(times)
-    assert share >= (0.6 if policy == "auto" else 0.3), "of the time is the prompt's"
+    assert share >= (0.57 if policy == "auto" else 0.3), "of the time is the prompt's"
 
 
 def test_a_step_that_was_held_up_says_nothing_of_the_next():
@@ -45,7 +45,21 @@ def test_a_prompt_token_that_costs_more_is_known_soon():
     """As beside streams that have grown long, or after a change of what else the machine does."""
     pace = Pace("auto", 512)
     drive(pace, 8, 600, token=0.0002)
-    assert max(drive(pace, 8, 600, token=0.0006)[4:]) <= 2.65 * 0.005
+    assert max(drive(pace, 8, 600, token=0.0006)[4:]) <= 2.5 * 0.005
+
+
+def test_streams_that_grow_are_not_put_down_to_the_prompt():
+    """What they take alone is asked again, and the prompt keeps its share."""
+    pace, alone, counts = Pace("latency", 512), 0.005, []
+    pace.observe(8, 0, alone)
+    for _ in range(400):
+        alone *= 1.002
+        allowed = pace.prompt_tokens(8, 1)
+        pace.observe(8, allowed, alone + 0.0002 * allowed)
+        counts.append(allowed)
+    assert counts.count(0) > 5
+    # Half of what a step takes alone goes to the prompt, less what has grown since it was asked.
+    assert min(filter(None, counts[300:])) * 0.0002 > 0.4 * 0.0091
 
 
 def test_throughput_takes_what_a_step_takes():

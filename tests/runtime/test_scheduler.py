@@ -195,6 +195,25 @@ def test_prompts_beside_streams_are_bounded():
     assert [s.stop - s.start for s in scheduler.schedule(None).plan.slices] == [1, 18, 30]
 
 
+@pytest.mark.parametrize("places", [1, 2])
+def test_a_step_without_prompts_still_serves_streams(places):
+    """Where they take every place too, and a prompt would have had one of them."""
+    memory = Memory(100)
+    scheduler = Scheduler(Limits(places, 64), memory)
+    streams = [Job(SequenceState([0], memory.tables.open()), 40) for _ in range(2)]
+    for job in streams:
+        memory.execute(StepPlan((Slice(job.sequence, 0, 1, 1),)))
+        job.sequence.tokens.append(1)
+        scheduler.add(job, admitted=True)
+    scheduler.add(Job(SequenceState([0] * 9, memory.tables.open()), 1), admitted=True)
+    for _ in range(3):
+        schedule = scheduler.schedule(0)
+        assert schedule.requests and set(schedule.requests) <= set(streams)
+        memory.execute(schedule.plan)
+        for job in schedule.requests:
+            job.sequence.tokens.append(1)
+
+
 def test_idle_caches_go_before_running_ones():
     memory, limits = Memory(4), Limits(4, 64)
     idle = SequenceState([0] * 8, memory.tables.open())
