@@ -152,6 +152,7 @@ class PrefixIndex:
             tables.append([-1] * min(first, len(nodes)) + [block for block in seen if block is not None])
         return tables
 
+
 def first_seen(window: int | None, length: int, block_size: int) -> int:
     """The first block that the token at position `length` sees."""
     return 0 if window is None else max(0, length - window + 1) // block_size
