@@ -15,7 +15,7 @@ _SIGNALS = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "S
 
 
 class Interrupts:
-    """Between `hold` and `let_go` no handler that the program gave a signal runs; what came in between is raised again then. Python runs handlers in
+    """Between `hold` and `let_go` no handler that the program gave a signal runs; what came in between is handled then. Python runs handlers in
     the main thread alone, so in others both do nothing. An exception that one thread throws into another is not put off.
     """
 
@@ -40,7 +40,10 @@ class Interrupts:
                 _signal.signal(number, self._handlers[number])
                 del self._handlers[number]
             while self._came:
-                signal.raise_signal(self._came.pop())
+                number = self._came.pop()
+                # Called and not raised again: an event loop's wakeup descriptor has been told of the signal already.
+                if callable(handler := _signal.getsignal(number)):
+                    handler(number, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came.append(number)

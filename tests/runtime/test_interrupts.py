@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import os
 import signal
 import sys
 import threading
@@ -156,3 +158,19 @@ def test_who_is_interrupted_while_waiting_gets_out_at_once():
     holder.join(30)
     assert turn.take()
     turn.give()
+
+
+def test_an_event_loop_hears_of_a_signal_once():
+    turn, heard = Turn(), []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: heard.append(signal.SIGTERM))
+        with turn:
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(20):
+            await asyncio.sleep(0.005)
+        loop.remove_signal_handler(signal.SIGTERM)
+
+    asyncio.run(main())
+    assert heard == [signal.SIGTERM]
